@@ -1,0 +1,1 @@
+"""What the scripts share: reading route logs, metrics, plots, validation, patching."""

@@ -1,0 +1,25 @@
+"""The one error a user is meant to read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A problem the user can fix: the fact, the place and the next command, in one line."""
+
+
+EXIT_CODE = 2
+
+
+def run(main: Callable[[], int]) -> int:
+    """Call ``main`` and turn a :class:`UserError` or Ctrl-C into one line and an exit code."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON lines: one object a token and layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.rows import Flag, RowTable
+
+_FLAG_NAMES = [None, *(flag.name.lower() for flag in Flag if flag)]
+_PHASES = ("prefill", "decode")
+_encoder = msgspec.json.Encoder()
+
+
+class _Route(msgspec.Struct, tag_field="type", tag="route", omit_defaults=True):
+    req_id: str
+    token_idx: int
+    layer: int
+    topk_ids: list[int]
+    topk_weights: list[float]
+    phase: str
+    forward_pass_id: int
+    flag: str | None = None
+
+
+def encode_object(record: dict[str, Any]) -> bytes:
+    """One line: the header, a request or the end record."""
+    return _encoder.encode(record) + b"\n"
+
+
+def encode_routes(
+    layers: Sequence[MoELayer],
+    forward_pass_id: int,
+    rows: RowTable,
+    topk_ids: np.ndarray,
+    topk_weights: np.ndarray,
+    good: np.ndarray,
+) -> bytes:
+    """The lines of one pass, token by token and layer by layer.
+
+    Args:
+        layers: the recorded layers, in slot order.
+        forward_pass_id: the pass.
+        rows: request, position, phase and flag of the n tokens.
+        topk_ids: [n, L, K].
+        topk_weights: [n, L, K] float32; written exactly, as doubles.
+        good: [n, L] bool; rows that are not are left out.
+    """
+    all_ids = topk_ids.tolist()
+    all_weights = topk_weights.tolist()
+    every = bool(good.all())
+    slots = [(i, item.layer, item.top_k) for i, item in enumerate(layers)]
+    same_k = all(item.top_k == topk_ids.shape[2] for item in layers)
+    positions = rows.positions.tolist()
+    lines: list[_Route] = []
+    for t, req_id in enumerate(rows.req_ids):
+        ids, weights, position = all_ids[t], all_weights[t], positions[t]
+        phase, flag = _PHASES[rows.is_decode[t]], _FLAG_NAMES[rows.flags[t]]
+        for i, layer, top_k in slots:
+            if every or good[t, i]:
+                k = ids[i] if same_k else ids[i][:top_k]
+                w = weights[i] if same_k else weights[i][:top_k]
+                lines.append(
+                    _Route(req_id, position, layer, k, w, phase, forward_pass_id, flag)
+                )
+    return _encoder.encode_lines(lines)

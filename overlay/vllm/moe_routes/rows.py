@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a step's metadata to (request, position, phase, flag) of every row. Pure.
+
+The engine thread only copies what the host already knows (:class:`Step`); :class:`RequestBook`
+works it out on the writer thread, step by step and in order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm.moe_routes.snapshot import Pending
+
+
+class Flag(IntEnum):
+    """Why a row is not part of its request's sequence, or not for the first time."""
+
+    NONE = 0
+    #: The position was executed before: preemption threw its KV cache away.
+    RECOMPUTED = 1
+    #: Executed after the request had stopped: asynchronous scheduling runs one step ahead.
+    OVERRUN = 2
+
+
+class StopRule(NamedTuple):
+    """When a generated token ends its request.
+
+    Attributes:
+        token_ids: tokens that stop it.
+        min_tokens: generated tokens before which nothing stops it.
+    """
+
+    token_ids: frozenset[int]
+    min_tokens: int
+
+
+class Step(NamedTuple):
+    """One real forward pass, as the host knows it.
+
+    Attributes:
+        forward_pass_id: 0, 1, … within a recording.
+        req_ids: [R] vLLM's own request ids, in batch order.
+        num_scheduled_tokens: [R] rows of every request.
+        num_computed_tokens: [R] position of every request's first row.
+        num_prompt_tokens: [R].
+        new_requests: those of ``req_ids`` that are scheduled for the first time, each with its
+            stop rule (None where the host needs none, because nothing runs ahead).
+        finished: requests that ended since the last step.
+        pending: the routes, or None when the pass was dropped.
+    """
+
+    forward_pass_id: int
+    req_ids: Sequence[str]
+    num_scheduled_tokens: np.ndarray
+    num_computed_tokens: np.ndarray
+    num_prompt_tokens: np.ndarray
+    new_requests: Mapping[str, StopRule | None]
+    finished: Sequence[str]
+    pending: Pending | None
+
+
+class RowTable(NamedTuple):
+    """The rows of a step, in buffer order.
+
+    Attributes:
+        req_ids: [n] ids as the user knows them.
+        positions: [n] int64, absolute position in the sequence.
+        is_decode: [n] bool, whether the row's token was generated (not part of the prompt).
+        flags: [n] uint8, a :class:`Flag`.
+    """
+
+    req_ids: list[str]
+    positions: np.ndarray
+    is_decode: np.ndarray
+    flags: np.ndarray
+
+
+@dataclass
+class Request:
+    """What a recording knows of one request.
+
+    Attributes:
+        req_id: id as the user knows it; unique within the recording.
+        raw_id: vLLM's own id.
+        num_prompt_tokens: prompt length.
+        cached_tokens: leading positions taken from the prefix cache: never routed.
+        missed_tokens: leading positions executed before the recording started.
+        next_position: one past the highest position executed so far.
+        positions: rows that count, one per position.
+        rows_flagged: rows that don't.
+        stopped_at: position of the token that stopped it, once that token was seen as an input.
+    """
+
+    req_id: str
+    raw_id: str
+    num_prompt_tokens: int
+    stop: StopRule | None
+    cached_tokens: int = 0
+    missed_tokens: int = 0
+    next_position: int = 0
+    positions: int = 0
+    rows_flagged: int = 0
+    stopped_at: int | None = field(default=None, repr=False)
+
+    def flag(self, positions: np.ndarray, token_ids: np.ndarray | None) -> np.ndarray:
+        """Flags of this request's rows of one step; moves the request on.
+
+        Args:
+            positions: [m] consecutive positions.
+            token_ids: [m] input tokens of the rows, needed where the engine runs ahead.
+        """
+        flags = np.zeros(len(positions), dtype=np.uint8)
+        flags[positions < self.next_position] = Flag.RECOMPUTED
+        if self.stop is not None and token_ids is not None and self.stopped_at is None:
+            generated = positions - self.num_prompt_tokens + 1  # how many, this token included
+            stops = np.isin(token_ids, list(self.stop.token_ids))
+            stops &= generated >= max(self.stop.min_tokens, 1)
+            if stops.any():
+                self.stopped_at = int(positions[stops.argmax()])
+        if self.stopped_at is not None:
+            flags[positions >= self.stopped_at] = Flag.OVERRUN
+        self.next_position = max(self.next_position, int(positions[-1]) + 1)
+        flagged = int(np.count_nonzero(flags))
+        self.rows_flagged += flagged
+        self.positions += len(positions) - flagged
+        return flags
+
+
+def external_id(raw_id: str) -> str:
+    """vLLM's own id without the eight hex digits it appends: ``"7-1a2b3c4d"`` -> ``"7"``."""
+    stem, dash, tail = raw_id.rpartition("-")
+    if dash and len(tail) == 8 and all(c in "0123456789abcdef" for c in tail):
+        return stem
+    return raw_id
+
+
+class RequestBook:
+    """The requests of one recording."""
+
+    def __init__(self) -> None:
+        self._live: dict[str, Request] = {}
+        self._taken: set[str] = set()
+
+    def place(self, step: Step, token_ids: np.ndarray | None) -> RowTable:
+        """Work out the rows of ``step`` and move its requests on.
+
+        Args:
+            step: the step; its rows are the requests' rows one after another.
+            token_ids: [n] input tokens, or None.
+        """
+        counts = step.num_scheduled_tokens.astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        total = int(counts.sum())
+        offsets = np.arange(total) - np.repeat(starts, counts)
+        positions = np.repeat(step.num_computed_tokens.astype(np.int64), counts) + offsets
+        flags = np.zeros(total, dtype=np.uint8)
+        req_ids: list[str] = []
+        for i, raw_id in enumerate(step.req_ids):
+            request = self._live.get(raw_id)
+            if request is None:
+                request = self._open(step, i)
+            rows = slice(int(starts[i]), int(starts[i] + counts[i]))
+            tokens = None if token_ids is None else token_ids[rows]
+            flags[rows] = request.flag(positions[rows], tokens)
+            req_ids.extend([request.req_id] * int(counts[i]))
+        is_decode = positions >= np.repeat(step.num_prompt_tokens.astype(np.int64), counts)
+        return RowTable(req_ids, positions, is_decode, flags)
+
+    def finish(self, raw_ids: Sequence[str]) -> list[Request]:
+        """Close requests; those that the recording never saw are passed over."""
+        return [self._live.pop(raw_id) for raw_id in raw_ids if raw_id in self._live]
+
+    def finish_all(self) -> list[Request]:
+        """Close what is still running when the recording stops."""
+        return self.finish(list(self._live))
+
+    def _open(self, step: Step, i: int) -> Request:
+        raw_id = step.req_ids[i]
+        req_id = external_id(raw_id)
+        if req_id in self._taken:  # a client's own id, used twice: only vLLM's id tells them apart
+            req_id = raw_id
+        self._taken.add(req_id)
+        first = int(step.num_computed_tokens[i])
+        is_new = raw_id in step.new_requests
+        request = Request(
+            req_id=req_id,
+            raw_id=raw_id,
+            num_prompt_tokens=int(step.num_prompt_tokens[i]),
+            stop=step.new_requests.get(raw_id),
+            cached_tokens=first if is_new else 0,
+            missed_tokens=0 if is_new else first,
+            next_position=first,
+        )
+        self._live[raw_id] = request
+        return request

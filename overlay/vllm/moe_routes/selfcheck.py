@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run's own verdict: what must hold for every recorded row, checked on every recorded row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm.moe_routes.layers import MoELayer
+
+
+class SelfCheck:
+    """Counts violations while a recording is written; :meth:`verdict` sums them up.
+
+    Args:
+        layers: the recorded layers, in slot order.
+        not_an_id: the value of an element that no layer wrote.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer], not_an_id: int) -> None:
+        self._layers = list(layers)
+        self._not_an_id = not_an_id
+        size = len(layers)
+        self._missing = np.zeros(size, dtype=np.int64)
+        self._out_of_range = np.zeros(size, dtype=np.int64)
+        self._repeated = np.zeros(size, dtype=np.int64)
+        self._bad_weight = np.zeros(size, dtype=np.int64)
+        self._written = np.zeros(size, dtype=np.int64)
+        self._scheduled = 0
+        self._dropped = 0
+        #: Layers that chose the same top_k, so that a step is checked in as few calls as possible.
+        self._groups = [
+            (top_k, np.array([i for i, item in enumerate(layers) if item.top_k == top_k]))
+            for top_k in sorted({item.top_k for item in layers})
+        ]
+        self._num_experts = np.array([item.num_experts for item in layers])
+
+    def dropped(self, num_rows: int) -> None:
+        """Account for a pass whose routes were dropped."""
+        self._scheduled += num_rows
+        self._dropped += num_rows
+
+    def step(self, topk_ids: np.ndarray, topk_weights: np.ndarray) -> np.ndarray:
+        """Check one pass.
+
+        Args:
+            topk_ids: [n, L, K].
+            topk_weights: [n, L, K] float32.
+
+        Returns:
+            [n, L] bool: which rows were captured and hold ids that exist. Only these may be
+            written: the others are counted as lost.
+        """
+        n = topk_ids.shape[0]
+        self._scheduled += n
+        good = np.empty(topk_ids.shape[:2], dtype=bool)
+        for top_k, slots in self._groups:
+            ids = topk_ids[:, slots, :top_k]
+            weights = topk_weights[:, slots, :top_k]
+            missing = (ids == self._not_an_id).any(axis=2)
+            outside = ((ids < 0) | (ids >= self._num_experts[slots][None, :, None])).any(axis=2)
+            ordered = np.sort(ids, axis=2)
+            repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=2) & ~missing
+            with np.errstate(invalid="ignore"):
+                bad_weight = ~(np.isfinite(weights) & (weights >= 0)).all(axis=2) & ~missing
+            self._missing[slots] += missing.sum(axis=0)
+            self._out_of_range[slots] += (outside & ~missing).sum(axis=0)
+            self._repeated[slots] += repeated.sum(axis=0)
+            self._bad_weight[slots] += bad_weight.sum(axis=0)
+            good[:, slots] = ~(missing | outside)
+        self._written += good.sum(axis=0)
+        return good
+
+    @property
+    def rows_not_captured(self) -> int:
+        """Rows left out because their layer did not fire or wrote ids that do not exist."""
+        return int(self._missing.sum() + self._out_of_range.sum())
+
+    def verdict(self) -> dict[str, Any]:
+        """The verdict, as it stands in the end record."""
+        lost = self._scheduled - self._written - self._dropped
+        checks = [
+            self._check("every layer fired in every pass", self._missing),
+            self._check("expert ids in range", self._out_of_range),
+            self._check("expert ids distinct within a row", self._repeated),
+            self._check("weights finite and not negative", self._bad_weight),
+            self._check("rows = scheduled tokens", np.abs(lost) + self._dropped),
+        ]
+        failed = any(item["verdict"] == "fail" for item in checks)
+        return {"verdict": "fail" if failed else "pass", "checks": checks}
+
+    def _check(self, name: str, bad: np.ndarray) -> dict[str, str]:
+        where = np.flatnonzero(bad)
+        if where.size == 0:
+            detail = f"{self._scheduled} tokens x {len(self._layers)} layers"
+            return {"name": name, "verdict": "pass", "detail": detail}
+        layers = ",".join(str(self._layers[i].layer) for i in where[:8])
+        more = ",…" if where.size > 8 else ""
+        detail = f"{int(bad.sum())} rows, in layers {layers}{more}"
+        return {"name": name, "verdict": "fail", "detail": detail}

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recording: one file, from its header to its end record. Runs on the writer thread."""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import IO, Any
+
+from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.formats import jsonl
+from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.rows import Request, RequestBook, Step
+from vllm.moe_routes.selfcheck import SelfCheck
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def create(path: str) -> IO[bytes]:
+    """Create a new file; never append to, overwrite or share one.
+
+    Raises:
+        RouteLogError: it exists, or can't be created.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        raise RouteLogError(
+            f"route log {path} exists; move it away or set VLLM_LOG_MOE to another file"
+        ) from None
+    except OSError as error:
+        raise RouteLogError(
+            f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a file in "
+            "a writable directory"
+        ) from None
+    return os.fdopen(fd, "wb", buffering=1 << 20)
+
+
+class Session:
+    """Turns steps into lines.
+
+    Args:
+        path: file to create; the header is written and flushed before this returns.
+        header: the meta record without its ``start_time``.
+        layers: the recorded layers, in slot order; at least one.
+        not_an_id: the value of an element that no layer wrote.
+    """
+
+    def __init__(
+        self, path: str, header: dict[str, Any], layers: Sequence[MoELayer], not_an_id: int
+    ) -> None:
+        self.path = path
+        self._layers = list(layers)
+        self._book = RequestBook()
+        self._check = SelfCheck(layers, not_an_id)
+        self.rows = 0
+        self.rows_flagged = 0
+        self.passes = 0
+        self.requests = 0
+        self.cached_tokens = 0
+        self.missed_tokens = 0
+        self.bytes = 0
+        #: Rows lost, by cause. A row is one token in one layer.
+        self.drops = {"queue_full": 0, "not_captured": 0, "write_error": 0}
+        self.started = time.time()
+        first_line = jsonl.encode_object({**header, "start_time": now()})
+        self._file = create(path)
+        self._put(first_line)
+        self._file.flush()
+
+    def consume(self, step: Step) -> None:
+        """Write one step. The step's finished requests end before its rows."""
+        self._end_requests(self._book.finish(step.finished), finished=True)
+        if not step.req_ids:
+            return
+        num_rows = int(step.num_scheduled_tokens.sum())
+        if step.pending is None:
+            self._book.place(step, None)
+            self._check.dropped(num_rows)
+            self.drops["queue_full"] += num_rows * len(self._layers)
+            return
+        routes = step.pending.resolve()
+        rows = self._book.place(step, routes.token_ids)
+        good = self._check.step(routes.topk_ids, routes.topk_weights)
+        written = int(good.sum())
+        self._put(
+            jsonl.encode_routes(
+                self._layers,
+                step.forward_pass_id,
+                rows,
+                routes.topk_ids,
+                routes.topk_weights,
+                good,
+            )
+        )
+        self.passes += 1
+        self.rows += written
+        self.rows_flagged += int(good[rows.flags != 0].sum())
+        self.drops["not_captured"] = self._check.rows_not_captured
+
+    def lose(self, step: Step) -> None:
+        """Account for a step that can't be written any more."""
+        self.drops["write_error"] += int(step.num_scheduled_tokens.sum()) * len(self._layers)
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+        self._file.flush()
+
+    def close(self, reason: str) -> None:
+        """Write the requests still running and the end record, and close the file."""
+        self._end_requests(self._book.finish_all(), finished=False)
+        self._put(jsonl.encode_object(self.end_record(reason)))
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Give up on the file after a write error; what reached it stays readable."""
+        # What the buffer still holds can't be written either: the same error, already told.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def end_record(self, reason: str) -> dict[str, Any]:
+        """The end record, as the figures stand now."""
+        return {
+            "type": "end",
+            "reason": reason,
+            "rows": self.rows,
+            "rows_flagged": self.rows_flagged,
+            "passes": self.passes,
+            "requests": self.requests,
+            "cached_tokens": self.cached_tokens,
+            "missed_tokens": self.missed_tokens,
+            "bytes": self.bytes,
+            "drops": self.drops,
+            "self_check": self._check.verdict(),
+            "end_time": now(),
+        }
+
+    def _end_requests(self, requests: Sequence[Request], finished: bool) -> None:
+        for request in requests:
+            record = asdict(request)
+            for key in ("stop", "next_position", "stopped_at"):
+                del record[key]
+            self._put(jsonl.encode_object({"type": "request", **record, "finished": finished}))
+            self.requests += 1
+            self.cached_tokens += request.cached_tokens
+            self.missed_tokens += request.missed_tokens
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self.bytes += len(data)

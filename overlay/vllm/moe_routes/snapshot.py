@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take a pass's rows out of the capture buffer before the next pass overwrites them.
+
+The engine thread calls ``take`` and goes on; the writer thread calls ``resolve``. On CPU the clone
+is the snapshot. On CUDA the clone is made on the compute stream, ordered before the next pass, and
+a side stream copies it to pinned memory while the next pass runs.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm.moe_routes.capture import CaptureBuffer
+
+
+class Routes(NamedTuple):
+    """One pass on the host.
+
+    Attributes:
+        topk_ids: [n, L, K], ids or ``not_an_id``.
+        topk_weights: [n, L, K] float32.
+        token_ids: [n] input token of every row, or None where the host knows it needs none.
+    """
+
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+    token_ids: np.ndarray | None
+
+
+class Pending(Protocol):
+    """A snapshot under way."""
+
+    nbytes: int
+
+    def resolve(self) -> Routes:
+        """Wait for the copy and return it. Called once, off the engine thread."""
+
+
+class Snapshotter(Protocol):
+    def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
+        """Snapshot the first ``num_rows`` rows and mark them as not captured again."""
+
+
+class _HostPending(NamedTuple):
+    routes: Routes
+    nbytes: int
+
+    def resolve(self) -> Routes:
+        return self.routes
+
+
+class HostSnapshotter:
+    """For a buffer in host memory: the clone is the snapshot."""
+
+    def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
+        ids = buffer.ids[:num_rows].clone()
+        weights = buffer.weights[:num_rows].clone()
+        buffer.clear(num_rows)
+        tokens = None if token_ids is None else token_ids[:num_rows].clone().numpy()
+        return _HostPending(Routes(ids.numpy(), weights.numpy(), tokens), ids.nbytes + weights.nbytes)
+
+
+class StreamApi(Protocol):
+    """The part of ``torch.cuda`` that ordering depends on; tests put a fake in its place."""
+
+    def current_stream(self) -> Any: ...
+    def new_stream(self) -> Any: ...
+    def new_event(self) -> Any: ...
+    def use(self, stream: Any) -> AbstractContextManager[Any]: ...
+    def pinned_like(self, tensor: Tensor) -> Tensor: ...
+
+
+class CudaStreamApi:
+    """``torch.cuda``. Pinned blocks come from torch's caching host allocator."""
+
+    def current_stream(self) -> Any:
+        return torch.cuda.current_stream()
+
+    def new_stream(self) -> Any:
+        return torch.cuda.Stream()
+
+    def new_event(self) -> Any:
+        return torch.cuda.Event()
+
+    def use(self, stream: Any) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+    def pinned_like(self, tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class _StreamPending:
+    """Keeps the device clones alive until the side stream has read them."""
+
+    def __init__(self, clones: list[Tensor], copies: list[Tensor], event: Any) -> None:
+        self._clones = clones
+        self._copies = copies
+        self._event = event
+        self.nbytes = sum(item.nbytes for item in copies)
+
+    def resolve(self) -> Routes:
+        self._event.synchronize()
+        self._clones.clear()
+        ids, weights, *tokens = (item.numpy() for item in self._copies)
+        return Routes(ids, weights, tokens[0] if tokens else None)
+
+
+class StreamSnapshotter:
+    """For a buffer in device memory. See DESIGN of the module: clone here, copy aside."""
+
+    def __init__(self, api: StreamApi) -> None:
+        self._api = api
+        self._side = api.new_stream()
+
+    def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
+        clones = [buffer.ids[:num_rows].clone(), buffer.weights[:num_rows].clone()]
+        buffer.clear(num_rows)
+        if token_ids is not None:
+            clones.append(token_ids[:num_rows].clone())
+        copies = [self._api.pinned_like(item) for item in clones]
+        # The side stream may read the clones only after the compute stream has written them.
+        self._side.wait_stream(self._api.current_stream())
+        event = self._api.new_event()
+        with self._api.use(self._side):
+            for copy, clone in zip(copies, clones, strict=True):
+                copy.copy_(clone, non_blocking=True)
+            event.record(self._side)
+        return _StreamPending(clones, copies, event)
+
+
+#: Device type -> how to snapshot there. A type that is missing is refused at start.
+SNAPSHOTTERS: dict[str, Callable[[], Snapshotter]] = {
+    "cpu": HostSnapshotter,
+    "cuda": lambda: StreamSnapshotter(CudaStreamApi()),
+}

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused, with the reason and the remedy: nothing doubtful is ever logged."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.snapshot import SNAPSHOTTERS
+
+
+def check_supported(config: VllmConfig, device_type: str, modules: Iterable[Any]) -> None:
+    """Refuse what would be recorded wrongly.
+
+    Args:
+        config: the engine's.
+        device_type: "cpu", "cuda", …
+        modules: the ``FusedMoE`` layers of this rank.
+
+    Raises:
+        RouteLogError: the first reason found.
+    """
+    for fact, remedy in _refusals(config, device_type, list(modules)):
+        raise RouteLogError(f"route recording is not supported with {fact}; {remedy}")
+
+
+def _refusals(
+    config: VllmConfig, device_type: str, modules: list[Any]
+) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel_config
+    unset = "or unset VLLM_LOG_MOE"
+    if device_type not in SNAPSHOTTERS:
+        yield f"device {device_type!r}", f"use one of {', '.join(SNAPSHOTTERS)} {unset}"
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        yield "VLLM_USE_V2_MODEL_RUNNER=1", f"unset it {unset}"
+    if parallel.prefill_context_parallel_size > 1:
+        yield "prefill context parallelism", f"set it to 1 {unset}"
+    if parallel.data_parallel_size > 1:
+        yield "data parallelism", f"set --data-parallel-size 1 {unset}"
+    if parallel.enable_dbo or parallel.use_ubatching:
+        yield "dual batch overlap (micro-batches)", f"drop --enable-dbo {unset}"
+    if parallel.enable_eplb:
+        yield "EPLB, which hides logical expert ids", f"drop --enable-eplb {unset}"
+    if config.speculative_config is not None:
+        yield "speculative decoding, whose rejected rows are not marked yet", (
+            f"drop --speculative-config {unset}"
+        )
+    if config.lora_config is not None:
+        yield "LoRA", f"drop --enable-lora {unset}"
+    for module in modules:
+        method = module.quant_method
+        # CPUFusedMOE is hooked inside; every other monolithic kernel hides its top-k.
+        hooked_inside = device_type == "cpu" and isinstance(method, UnquantizedFusedMoEMethod)
+        if method.is_monolithic and not hooked_inside:
+            yield f"{type(method).__name__}, whose kernel hides its routing", (
+                f"choose another quantization or MoE backend {unset}"
+            )
+        if module.is_sequence_parallel:
+            yield "sequence-parallel MoE layers", f"set --tensor-parallel-size 1 {unset}"

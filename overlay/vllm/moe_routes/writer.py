@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bounded queue and the thread behind it: the only place that encodes, checks or writes."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from vllm.logger import init_logger
+from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.rows import Step
+
+logger = init_logger(__name__)
+
+
+class Sink(Protocol):
+    """What the thread drives; see ``session.Session``."""
+
+    path: str
+
+    def consume(self, step: Step) -> None: ...
+    def lose(self, step: Step) -> None: ...
+    def flush(self) -> None: ...
+    def close(self, reason: str) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class Writer:
+    """Feeds steps to a sink on a thread of its own.
+
+    A sink's error never reaches the engine: recording stops, the error is kept in :attr:`error`
+    and every later step is counted as lost.
+
+    Args:
+        sink: receives the steps in order.
+        queue_bytes: bound of the routes that wait. One step is let in whatever its size.
+        on_full: "block" waits for room; "drop" queues the step without its routes.
+        flush_seconds: longest time a written step stays unflushed.
+    """
+
+    def __init__(self, sink: Sink, queue_bytes: int, on_full: str, flush_seconds: float) -> None:
+        self._sink = sink
+        self._queue_bytes = queue_bytes
+        self._block = on_full == "block"
+        self._flush_seconds = flush_seconds
+        self._steps: deque[Step] = deque()
+        self._waiting_bytes = 0
+        self._changed = threading.Condition()
+        self._closing: str | None = None
+        self.error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="moe-routes-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of routes that wait now."""
+        return self._waiting_bytes
+
+    def put(self, step: Step) -> None:
+        """Queue a step. Called on the engine thread."""
+        size = step.pending.nbytes if step.pending is not None else 0
+        with self._changed:
+            if self._block:
+                self._changed.wait_for(lambda: self._has_room(size))
+            elif not self._has_room(size):
+                step, size = step._replace(pending=None), 0
+            self._steps.append(step)
+            self._waiting_bytes += size
+            self._changed.notify_all()
+
+    def close(self, reason: str, timeout: float) -> None:
+        """Write what waits and the end record.
+
+        Raises:
+            RouteLogError: it took longer than ``timeout`` seconds, or writing failed.
+        """
+        with self._changed:
+            self._closing = reason
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise RouteLogError(
+                f"route log {self._sink.path} was not closed within {timeout:g} s: "
+                f"{len(self._steps)} passes still wait; the disk is slow, read its status again"
+            )
+        if self.error is not None:
+            raise RouteLogError(self.error)
+
+    def _has_room(self, size: int) -> bool:
+        full = self._waiting_bytes + size > self._queue_bytes
+        return not full or not self._steps or self.error is not None
+
+    def _run(self) -> None:
+        flush_at: float | None = None
+        while True:
+            with self._changed:
+                timeout = None if flush_at is None else max(0.0, flush_at - time.monotonic())
+                self._changed.wait_for(lambda: self._steps or self._closing is not None, timeout)
+                # A step stays queued, and counted, until it is written.
+                step = self._steps[0] if self._steps else None
+                closing = self._closing
+            if step is not None:
+                self._write(step)
+                flush_at = flush_at or time.monotonic() + self._flush_seconds
+                with self._changed:
+                    self._steps.popleft()
+                    self._waiting_bytes -= step.pending.nbytes if step.pending is not None else 0
+                    self._changed.notify_all()
+            elif closing is not None:
+                self._guard(lambda: self._sink.close(closing))
+                return
+            if flush_at is not None and time.monotonic() >= flush_at:
+                self._guard(self._sink.flush)
+                flush_at = None
+
+    def _write(self, step: Step) -> None:
+        if self.error is None:
+            self._guard(lambda: self._sink.consume(step))
+        if self.error is not None:
+            self._sink.lose(step)
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Run ``action``; on an error stop writing, for good, and say so once."""
+        if self.error is not None:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever it is, the engine must go on
+            self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
+            logger.exception("Recording stopped; generation goes on. %s", self.error)
+            self._sink.abandon()
