@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 from vllm.moe_routes.layers import MoELayer
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -37,17 +36,11 @@ def moe_routes_capture(
     weights[row0 : row0 + n, slot, :k].copy_(topk_weights[:, :k])
 
 
-def _moe_routes_capture_fake(
-    ids: Tensor, weights: Tensor, topk_ids: Tensor, topk_weights: Tensor, row0: int, slot: int
-) -> None:
-    return
-
-
 direct_register_custom_op(
     op_name="moe_routes_capture",
     op_func=moe_routes_capture,
     mutates_args=["ids", "weights"],
-    fake_impl=_moe_routes_capture_fake,
+    fake_impl=lambda *_: None,
 )
 
 
@@ -75,7 +68,7 @@ class CaptureBuffer(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.ids.nbytes + self.weights.nbytes
+        return int(self.ids.nbytes + self.weights.nbytes)
 
 
 def allocate(layers: Sequence[MoELayer], num_rows: int, device: torch.device) -> CaptureBuffer:

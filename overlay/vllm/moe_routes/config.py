@@ -4,6 +4,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm.moe_routes.errors import RouteLogError
@@ -42,7 +43,7 @@ class RouteLogConfig:
         flush_seconds: longest time between a row's pass and its line in the file.
     """
 
-    path: str
+    path: Path
     layers: str = "all"
     autostart: bool = True
     queue_bytes: int = 256 << 20
@@ -68,16 +69,16 @@ class RouteLogConfig:
         if not path.endswith(".jsonl"):
             raise RouteLogError(
                 f"VLLM_LOG_MOE={path} does not end in .jsonl; set it to a file such as "
-                "/tmp/moe_routes.jsonl"
+                "moe_routes.jsonl"
             )
         on_full = env.get("VLLM_LOG_MOE_ON_FULL", "block")
         if on_full not in ON_FULL:
-            raise RouteLogError(f"VLLM_LOG_MOE_ON_FULL={on_full!r}; use one of {', '.join(ON_FULL)}")
+            raise RouteLogError(f"VLLM_LOG_MOE_ON_FULL={on_full!r}; use {' or '.join(ON_FULL)}")
         autostart = env.get("VLLM_LOG_MOE_AUTOSTART", "1")
         if autostart not in ("0", "1"):
             raise RouteLogError(f"VLLM_LOG_MOE_AUTOSTART={autostart!r}; use 0 or 1")
         return cls(
-            path=os.path.abspath(path),
+            path=Path(path).absolute(),
             layers=env.get("VLLM_LOG_MOE_LAYERS", "all"),
             autostart=autostart == "1",
             queue_bytes=int(_number(env, "VLLM_LOG_MOE_QUEUE_MB", "256", 1, 1 << 20) * (1 << 20)),

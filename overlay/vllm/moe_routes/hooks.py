@@ -4,9 +4,8 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 import vllm.moe_routes.capture  # noqa: F401  registers the op
+from torch import Tensor
 
 
 class Tap(NamedTuple):

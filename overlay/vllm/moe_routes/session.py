@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import IO, Any
 
 from vllm.moe_routes.errors import RouteLogError
@@ -21,7 +22,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def create(path: str) -> IO[bytes]:
+def create(path: Path) -> IO[bytes]:
     """Create a new file; never append to, overwrite or share one.
 
     Raises:
@@ -52,7 +53,7 @@ class Session:
     """
 
     def __init__(
-        self, path: str, header: dict[str, Any], layers: Sequence[MoELayer], not_an_id: int
+        self, path: Path, header: dict[str, Any], layers: Sequence[MoELayer], not_an_id: int
     ) -> None:
         self.path = path
         self._layers = list(layers)

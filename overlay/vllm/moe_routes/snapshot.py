@@ -10,10 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-
 from vllm.moe_routes.capture import CaptureBuffer
 
 
@@ -26,15 +25,17 @@ class Routes(NamedTuple):
         token_ids: [n] input token of every row, or None where the host knows it needs none.
     """
 
-    topk_ids: np.ndarray
-    topk_weights: np.ndarray
-    token_ids: np.ndarray | None
+    topk_ids: npt.NDArray[Any]
+    topk_weights: npt.NDArray[Any]
+    token_ids: npt.NDArray[Any] | None
 
 
 class Pending(Protocol):
     """A snapshot under way."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays, in bytes."""
 
     def resolve(self) -> Routes:
         """Wait for the copy and return it. Called once, off the engine thread."""
@@ -61,7 +62,8 @@ class HostSnapshotter:
         weights = buffer.weights[:num_rows].clone()
         buffer.clear(num_rows)
         tokens = None if token_ids is None else token_ids[:num_rows].clone().numpy()
-        return _HostPending(Routes(ids.numpy(), weights.numpy(), tokens), ids.nbytes + weights.nbytes)
+        routes = Routes(ids.numpy(), weights.numpy(), tokens)
+        return _HostPending(routes, ids.nbytes + weights.nbytes)
 
 
 class StreamApi(Protocol):
@@ -87,7 +89,8 @@ class CudaStreamApi:
         return torch.cuda.Event()
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(stream)
+        context: AbstractContextManager[Any] = torch.cuda.stream(stream)
+        return context
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -110,7 +113,7 @@ class _StreamPending:
 
 
 class StreamSnapshotter:
-    """For a buffer in device memory. See DESIGN of the module: clone here, copy aside."""
+    """For a buffer in device memory: clone on the compute stream, copy to the host aside."""
 
     def __init__(self, api: StreamApi) -> None:
         self._api = api

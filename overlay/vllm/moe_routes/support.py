@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from vllm import envs
+import vllm.envs as envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -46,9 +46,8 @@ def _refusals(
     if parallel.enable_eplb:
         yield "EPLB, which hides logical expert ids", f"drop --enable-eplb {unset}"
     if config.speculative_config is not None:
-        yield "speculative decoding, whose rejected rows are not marked yet", (
-            f"drop --speculative-config {unset}"
-        )
+        fact = "speculative decoding, whose rejected rows are not marked yet"
+        yield fact, f"drop --speculative-config {unset}"
     if config.lora_config is not None:
         yield "LoRA", f"drop --enable-lora {unset}"
     for module in modules:
@@ -56,8 +55,7 @@ def _refusals(
         # CPUFusedMOE is hooked inside; every other monolithic kernel hides its top-k.
         hooked_inside = device_type == "cpu" and isinstance(method, UnquantizedFusedMoEMethod)
         if method.is_monolithic and not hooked_inside:
-            yield f"{type(method).__name__}, whose kernel hides its routing", (
-                f"choose another quantization or MoE backend {unset}"
-            )
+            fact = f"{type(method).__name__}, whose kernel hides its routing"
+            yield fact, f"choose another quantization or MoE backend {unset}"
         if module.is_sequence_parallel:
             yield "sequence-parallel MoE layers", f"set --tensor-parallel-size 1 {unset}"

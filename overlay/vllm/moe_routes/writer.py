@@ -5,6 +5,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from vllm.logger import init_logger
@@ -17,7 +19,7 @@ logger = init_logger(__name__)
 class Sink(Protocol):
     """What the thread drives; see ``session.Session``."""
 
-    path: str
+    path: Path
 
     def consume(self, step: Step) -> None: ...
     def lose(self, step: Step) -> None: ...
@@ -108,7 +110,7 @@ class Writer:
                     self._waiting_bytes -= step.pending.nbytes if step.pending is not None else 0
                     self._changed.notify_all()
             elif closing is not None:
-                self._guard(lambda: self._sink.close(closing))
+                self._guard(partial(self._sink.close, closing))
                 return
             if flush_at is not None and time.monotonic() >= flush_at:
                 self._guard(self._sink.flush)

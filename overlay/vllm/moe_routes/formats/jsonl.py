@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
-
+import numpy.typing as npt
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Flag, RowTable
 
@@ -28,16 +27,17 @@ class _Route(msgspec.Struct, tag_field="type", tag="route", omit_defaults=True):
 
 def encode_object(record: dict[str, Any]) -> bytes:
     """One line: the header, a request or the end record."""
-    return _encoder.encode(record) + b"\n"
+    line: bytes = _encoder.encode(record)
+    return line + b"\n"
 
 
 def encode_routes(
     layers: Sequence[MoELayer],
     forward_pass_id: int,
     rows: RowTable,
-    topk_ids: np.ndarray,
-    topk_weights: np.ndarray,
-    good: np.ndarray,
+    topk_ids: npt.NDArray[Any],
+    topk_weights: npt.NDArray[Any],
+    good: npt.NDArray[Any],
 ) -> bytes:
     """The lines of one pass, token by token and layer by layer.
 
@@ -63,7 +63,6 @@ def encode_routes(
             if every or good[t, i]:
                 k = ids[i] if same_k else ids[i][:top_k]
                 w = weights[i] if same_k else weights[i][:top_k]
-                lines.append(
-                    _Route(req_id, position, layer, k, w, phase, forward_pass_id, flag)
-                )
-    return _encoder.encode_lines(lines)
+                lines.append(_Route(req_id, position, layer, k, w, phase, forward_pass_id, flag))
+    encoded: bytes = _encoder.encode_lines(lines)
+    return encoded

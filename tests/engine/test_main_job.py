@@ -1,0 +1,270 @@
+"""The main job on a real engine: what is logged is what happened, and logging changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine import harness
+
+PROMPTS = [
+    f"Question {i}: a baker fills {i + 2} trays with {3 * i + 4} rolls each. " * (1 + i % 3)
+    + "How many rolls are there?"
+    for i in range(8)
+]
+SAMPLING = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
+GENERATE: dict[str, Any] = {"generate": PROMPTS, "sampling": SAMPLING}
+NUM_LAYERS = 24
+
+
+@pytest.fixture(scope="session")
+def settings(tiny_checkpoint: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_checkpoint),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": 1,
+    }
+
+
+@pytest.fixture(scope="session")
+def recorded(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One engine, recording from its start: two runs of the same prompts into two files."""
+    folder = tmp_path_factory.mktemp("recorded")
+    first, second = folder / "first.jsonl", folder / "second.jsonl"
+    results = harness.run_engine(
+        folder,
+        settings,
+        [
+            {**GENERATE, "watch": str(first)},
+            {"rpc": "stop"},
+            GENERATE,  # between recordings: must leave no trace
+            {"rpc": "start", "options": {"path": str(first)}},  # exists: refused
+            {"rpc": "start", "options": {"path": str(second)}},
+            {"rpc": "start"},  # runs already: refused
+            GENERATE,
+            {"rpc": "status"},
+            {"rpc": "nonsense"},
+        ],
+        env={"VLLM_LOG_MOE": str(first), "VLLM_LOG_MOE_FLUSH_SECONDS": "0.1"},
+    )
+    return {"first": harness.read(first), "second": harness.read(second), "results": results}
+
+
+def outputs_of(results: list[Any], step: int) -> list[dict[str, Any]]:
+    return list(results[step]["outputs"])
+
+
+def tokens_of(results: list[Any], step: int) -> list[list[int]]:
+    return [output["token_ids"] for output in outputs_of(results, step)]
+
+
+def by_prompt(log: harness.Log, outputs: list[dict[str, Any]]) -> dict[tuple[int, int, int], Any]:
+    """Routes keyed by prompt number, so that runs with other request ids compare."""
+    number = {output["req_id"]: i for i, output in enumerate(outputs)}
+    return {
+        (number[req_id], position, layer): (row["topk_ids"], row["topk_weights"], row["phase"])
+        for (req_id, position, layer), row in log.routes.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "step"), [("first", 0), ("second", 6)])
+def test_every_layer_has_one_row_for_every_forwarded_token(
+    recorded: dict[str, Any], name: str, step: int
+) -> None:
+    log, outputs = recorded[name], outputs_of(recorded["results"], step)
+    expected = {
+        (output["req_id"], position)
+        for output in outputs
+        for position in range(len(output["prompt_token_ids"]) + len(output["token_ids"]) - 1)
+    }
+    for layer in range(NUM_LAYERS):
+        assert {(req, pos) for req, pos, at in log.routes if at == layer} == expected
+    assert not log.flagged
+    assert log.rows == NUM_LAYERS * len(expected) == log.end["rows"]
+
+
+def test_the_phase_says_whether_a_token_was_prompt_or_generated(recorded: dict[str, Any]) -> None:
+    prompt = {o["req_id"]: len(o["prompt_token_ids"]) for o in outputs_of(recorded["results"], 0)}
+    for (req_id, position, _), row in recorded["first"].routes.items():
+        assert row["phase"] == ("prefill" if position < prompt[req_id] else "decode")
+
+
+def test_forward_passes_are_numbered_from_zero_without_gaps(recorded: dict[str, Any]) -> None:
+    for name in ("first", "second"):
+        log = recorded[name]
+        passes = {row["forward_pass_id"] for row in log.routes.values()}
+        assert passes == set(range(log.end["passes"]))
+
+
+def test_routes_equal_a_hugging_face_forward_pass(
+    recorded: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    log = recorded["first"]
+    outputs = outputs_of(recorded["results"], 0)
+    agreement = harness.compare_with_oracle(log, outputs, settings["model"])
+    print(
+        f"oracle: {agreement.compared} rows, {len(agreement.different)} differ, near-ties "
+        f"{agreement.near_ties}, worst weight difference {agreement.worst_weight:.2e}"
+    )
+    assert agreement.compared == log.rows
+    assert agreement.different == []
+    assert len(agreement.near_ties) <= agreement.compared // 1000
+    assert agreement.worst_weight < harness.WEIGHT_TOLERANCE
+
+
+def test_two_recordings_of_the_same_prompts_are_equal(recorded: dict[str, Any]) -> None:
+    results = recorded["results"]
+    first = by_prompt(recorded["first"], outputs_of(results, 0))
+    second = by_prompt(recorded["second"], outputs_of(results, 6))
+    assert first == second
+
+
+def test_the_request_records_account_for_the_rows(recorded: dict[str, Any]) -> None:
+    log = recorded["first"]
+    rows = Counter(req_id for req_id, _, layer in log.routes if layer == 0)
+    assert {req_id: item["positions"] for req_id, item in log.requests.items()} == dict(rows)
+    assert all(item["cached_tokens"] == 0 and item["finished"] for item in log.requests.values())
+    assert log.end["requests"] == len(PROMPTS)
+
+
+def test_the_run_checks_itself_and_says_so(recorded: dict[str, Any]) -> None:
+    for name in ("first", "second"):
+        end = recorded[name].end
+        assert end["self_check"]["verdict"] == "pass"
+        assert set(end["drops"].values()) == {0}
+    assert recorded["first"].end["reason"] == "stop"
+    assert recorded["second"].end["reason"] == "shutdown"  # closed when the engine went down
+
+
+def test_the_header_says_what_was_run(recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+    meta = recorded["first"].meta
+    assert list(meta)[:9] == [
+        "type", "model_id", "vllm_version", "torch_version", "device", "seed", "layers_logged",
+        "top_k", "schema_version",
+    ]  # fmt: skip
+    assert meta["model_id"] == settings["model"]
+    assert meta["vllm_version"].startswith("0.15.1")
+    assert meta["seed"] == 1
+    assert meta["layers_logged"] == list(range(NUM_LAYERS))
+    assert (meta["top_k"], meta["num_experts"]) == (4, 60)
+    assert meta["execution"] == "eager"
+    assert meta["files"] == ["first.jsonl"]
+
+
+def test_the_header_names_the_installed_patch(recorded: dict[str, Any]) -> None:
+    from expert_profiler import patching
+
+    expected = patching.patch_id_of_patch(patching.DEFAULT_PATCH)
+    assert recorded["first"].meta["patch_id"] == expected
+
+
+def test_the_file_can_be_read_while_it_is_written(recorded: dict[str, Any]) -> None:
+    watched = recorded["results"][0]["watched"]
+    assert watched["bad_lines"] == []
+    counts = watched["line_counts"]
+    assert counts == sorted(counts)
+    assert any(0 < count < counts[-1] for count in counts), "it grew under the reader's eyes"
+
+
+def test_misuse_is_answered_and_changes_nothing(recorded: dict[str, Any]) -> None:
+    exists, started, twice, nonsense = (recorded["results"][i][0] for i in (3, 4, 5, 8))
+    assert not exists["ok"]
+    assert "first.jsonl exists" in exists["error"]
+    assert started["ok"]
+    assert started["recording"]
+    assert not twice["ok"]
+    assert "already runs" in twice["error"]
+    assert not nonsense["ok"]
+    assert "unknown command" in nonsense["error"]
+
+
+def test_compiled_and_eager_choose_the_same_experts(
+    recorded: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "compiled.jsonl"
+    compiled = {**settings, "enforce_eager": False}
+    results = harness.run_engine(tmp_path, compiled, [GENERATE], env={"VLLM_LOG_MOE": str(path)})
+    log = harness.read(path)
+    assert log.meta["execution"] == "compiled"
+    assert log.end["self_check"]["verdict"] == "pass"
+    ours = {key: sorted(ids) for key, (ids, _, _) in by_prompt(log, outputs_of(results, 0)).items()}
+    eager = {
+        key: sorted(ids)
+        for key, (ids, _, _) in by_prompt(
+            recorded["first"], outputs_of(recorded["results"], 0)
+        ).items()
+    }
+    assert ours.keys() == eager.keys()
+    different = [key for key in ours if ours[key] != eager[key]]
+    print(f"compiled against eager: {len(different)} of {len(ours)} rows differ: {different[:10]}")
+    assert len(different) <= len(ours) // 1000  # a near-tie may fall either way
+    assert tokens_of(results, 0) == tokens_of(recorded["results"], 0)
+
+
+def test_recording_does_not_change_the_output(
+    recorded: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Unpatched, patched but off, armed but stopped, and recording generate the same tokens.
+
+    The first two also run exactly the same ops in exactly the same order.
+    """
+    probe = [GENERATE, {"probe": "ops"}, {"probe": "threads"}]
+    in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    pristine = harness.pristine_vllm(tmp_path / "pristine")
+    unpatched = harness.run_engine(
+        tmp_path / "unpatched", settings, probe, env={**in_process, "PYTHONPATH": str(pristine)}
+    )
+    off = harness.run_engine(tmp_path / "off", settings, probe, env=in_process)
+    recording = tokens_of(recorded["results"], 0)
+    stopped = tokens_of(recorded["results"], 2)
+    assert tokens_of(unpatched, 0) == tokens_of(off, 0) == recording == stopped
+    assert unpatched[1] == off[1], "the switched-off recorder runs no op"
+    assert not any("moe_routes" in op for op in off[1])
+    assert unpatched[2] == off[2], "the switched-off recorder has no thread"
+    assert not list((tmp_path / "off").glob("*.jsonl"))
+
+
+def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
+    settings: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "some.jsonl"
+    results = harness.run_engine(
+        tmp_path,
+        settings,
+        [GENERATE, {"rpc": "start"}, GENERATE, {"rpc": "stop"}],
+        env={
+            "VLLM_LOG_MOE": str(path),
+            "VLLM_LOG_MOE_LAYERS": "0,3-5",
+            "VLLM_LOG_MOE_AUTOSTART": "0",
+        },
+    )
+    log = harness.read(path)
+    assert log.meta["layers_logged"] == [0, 3, 4, 5]
+    assert {layer for _, _, layer in log.routes} == {0, 3, 4, 5}
+    whole = by_prompt(recorded["first"], outputs_of(recorded["results"], 0))
+    some = by_prompt(log, outputs_of(results, 2))
+    assert some == {key: row for key, row in whole.items() if key[2] in (0, 3, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"VLLM_LOG_MOE_LAYERS": "24"}, "layer 24 is no MoE layer of this model"),
+        ({"VLLM_LOG_MOE": "/nonexistent/folder/x.jsonl"}, "can't be created"),
+    ],
+)
+def test_a_bad_switch_stops_the_engine_with_the_reason(
+    settings: dict[str, Any], tmp_path: Path, env: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    full = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOG_MOE": str(path), **env}
+    assert harness.run_engine(tmp_path, settings, [], env=full, check=False) == []
+    assert "RouteLogError: " in (text := (tmp_path / "engine.log").read_text())
+    assert message in text
+    assert not path.exists()
