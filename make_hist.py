@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Plot which experts a route log's tokens went to, and print how evenly.
+
+    python3 make_hist.py [moe_routes.jsonl] [--out expert_hist.png] [--layer N]
+
+Exit code: 0 plotted; 1 plotted, but the log lost rows or its self-check failed; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expert_profiler import errors
+from expert_profiler.errors import UserError
+
+if TYPE_CHECKING:
+    from expert_profiler.reader import Counts, RouteLog
+
+# A status line appears only when there is something to wait for.
+QUIET_SECONDS = 2.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    _check_output(args.out, args.log, args.force)
+    # Only now: a wrong command line need not wait for these.
+    from expert_profiler import plots
+    from expert_profiler.reader import open_log
+
+    with open_log(args.log, on_progress=_status(args.log)) as log:
+        counts = log.counts(layer=args.layer, include_flagged=args.include_flagged)
+        if not counts.values.any():
+            raise UserError(
+                f"{args.log} has no countable rows in this selection; "
+                "add --include-flagged or choose another --layer"
+            )
+        print(report(log, counts, args.include_flagged))
+        figure = plots.expert_histogram(
+            counts,
+            model_id=log.meta.model_id,
+            requests=log.requests,
+            id_space=log.meta.raw.get("expert_ids"),
+            cautions=log.lost_rows + log.suspicions,
+        )
+        plots.save_png(figure, args.out)
+        lost = bool(log.lost_rows)
+    print(f"{'plot':<19}{args.out}")
+    routes, hist = shlex.quote(str(args.log)), shlex.quote(str(args.out))
+    print(f"next: python3 -m expert_profiler.validate --routes {routes} --hist {hist}")
+    return 1 if lost else 0
+
+
+def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
+    """The figures as aligned text, one fact a line."""
+    from expert_profiler import metrics
+
+    total = counts.per_expert
+    experts, choices = counts.num_experts, int(total.sum())
+    by_phase = ", ".join(f"{phase} {n:,}" for phase, n in counts.phase_rows().items())
+    layers = counts.layers
+    idle = metrics.never_used(total)
+    lines = [
+        ("model", log.meta.model_id),
+        ("layers", f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} added up"),
+        ("rows", f"{counts.rows.sum():,} ({by_phase})"),
+        ("requests", f"{log.requests:,}"),
+        *(
+            (f"top {place}", f"expert {expert}: {total[expert]:,} ({total[expert] / choices:.2%})")
+            for place, expert in enumerate(metrics.top(total, 3), start=1)
+        ),
+        (
+            "entropy",
+            f"{metrics.entropy_bits(total):.3f} bits of at most "
+            f"{metrics.max_entropy_bits(experts):.3f} "
+            f"(normalised {metrics.normalised_entropy(total):.3f})",
+        ),
+        ("effective experts", f"{metrics.effective_experts(total):.1f} of {experts}"),
+        ("max/mean", f"{metrics.max_over_mean(total):.2f}"),
+        ("never used", f"{len(idle)} experts" + (f": {_listed(idle)}" if idle else "")),
+    ]
+    if len(layers) > 1:
+        # Adding up layers evens out what single layers do: experts of one id are unrelated.
+        single = [metrics.normalised_entropy(row) for row in counts.values.sum(axis=1) if row.any()]
+        span = f"normalised entropy {min(single):.3f} to {max(single):.3f}"
+        lines.append(("single layers", f"{span} (see one with --layer N)"))
+    notes = [note for note in log.notes if not (include_flagged and "are not counted" in note)]
+    lines += [("note", note) for note in notes]
+    return "\n".join(f"{name:<19}{value}" for name, value in lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make_hist.py", description="Plot which experts a route log's tokens went to."
+    )
+    parser.add_argument(
+        "log", nargs="?", type=Path, default=Path("moe_routes.jsonl"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("expert_hist.png"), help="default: %(default)s"
+    )
+    parser.add_argument("--layer", type=int, help="one layer instead of all added up")
+    parser.add_argument("--force", action="store_true", help="replace an existing plot")
+    parser.add_argument(
+        "--include-flagged",
+        action="store_true",
+        help="count recomputed, overrun and rejected rows too",
+    )
+    return parser
+
+
+def _check_output(out: Path, log: Path, force: bool) -> None:
+    """Refuse before the reading, not after it."""
+    if out.is_dir():
+        raise UserError(f"{out} is a directory; name a file: --out {out / 'expert_hist.png'}")
+    if not out.parent.is_dir():
+        raise UserError(f"no directory {out.parent} for the plot; make it: mkdir -p {out.parent}")
+    if out.exists() and log.exists() and out.samefile(log):
+        raise UserError(f"--out {out} is the log itself; choose another --out")
+    if out.exists() and not force:
+        raise UserError(f"{out} exists; replace it with --force, or choose another --out")
+
+
+def _status(log: Path) -> Callable[[float], None] | None:
+    """A line on stderr that rewrites itself, for people only."""
+    if not sys.stderr.isatty():
+        return None
+    started = time.monotonic()
+
+    def show(percent: float) -> None:
+        waited = time.monotonic() - started
+        if percent >= 100:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        elif waited >= QUIET_SECONDS:
+            line = f"\rreading {log.name}: {percent:.0f}% after {waited:.0f} s"
+            print(line, end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _listed(ids: list[int], limit: int = 12) -> str:
+    shown = ", ".join(map(str, ids[:limit]))
+    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
