@@ -3,10 +3,13 @@
 A process of its own, because an engine can't be restarted in one. Reads a JSON object from stdin:
 
     engine: arguments of ``vllm.LLM``
+    async_scheduling: run AsyncScheduler, with stand-ins for CUDA's streams (CPU has none)
     steps: list of steps, in order, each one of
         {"generate": [prompts], "sampling": {...}, "watch": path or null}
+        {"embed": [prompts]}
+        {"events": [[step, "add", id, prompt, sampling] | [step, "abort", id]]}
         {"rpc": command, "options": {...}}
-        {"probe": "threads" | "ops"}
+        {"probe": "threads" | "ops" | "where"}
 
 and writes {"results": [one a step]} to the file named by its argument. ``watch`` reads a growing
 log while the engine writes it.
@@ -47,6 +50,73 @@ class Watcher(threading.Thread):
         return {"line_counts": self.line_counts, "bad_lines": self.bad_lines}
 
 
+class NoStream:
+    """Stands in for a CUDA stream: everything is done at once, so nothing is waited for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    record = synchronize = lambda self, *args: None  # as an event
+
+
+def run_ahead() -> None:
+    """Let the CPU backend schedule asynchronously, one step ahead of the sampled tokens."""
+    import contextlib
+
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker import cpu_model_runner
+
+    cpu_model_runner._torch_cuda_wrapper = contextlib.nullcontext  # vLLM's own stand-ins do less
+    torch.cuda.Stream = torch.Event = NoStream  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = NoStream  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: Any, config: Any) -> None:
+        check(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(keep)  # type: ignore[assignment]
+
+
+def result_of(output: Any) -> dict[str, Any]:
+    return {
+        "req_id": output.request_id,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "token_ids": list(output.outputs[0].token_ids),
+        "all_token_ids": [list(choice.token_ids) for choice in output.outputs],
+        "finish_reason": output.outputs[0].finish_reason,
+        "cached_tokens": output.num_cached_tokens,
+    }
+
+
+def play(llm: Any, events: list[list[Any]]) -> dict[str, Any]:
+    """Add and abort requests between given steps of the engine."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    finished: dict[str, Any] = {}
+    partial: dict[str, Any] = {}
+    last = max(event[0] for event in events)
+    step = 0
+    while step <= last or engine.has_unfinished_requests():
+        for _, kind, req_id, *rest in (event for event in events if event[0] == step):
+            if kind == "add":
+                engine.add_request(req_id, rest[0], SamplingParams(**rest[1]))
+            else:
+                engine.abort_request([req_id])
+        for output in engine.step():
+            partial[output.request_id] = result_of(output)
+            if output.finished:
+                finished[output.request_id] = partial.pop(output.request_id)
+        step += 1
+    return {"outputs": list(finished.values()), "unfinished": list(partial.values())}
+
+
 def generate(llm: Any, step: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -55,14 +125,7 @@ def generate(llm: Any, step: dict[str, Any]) -> dict[str, Any]:
         watcher.start()
     outputs = llm.generate(step["generate"], SamplingParams(**step["sampling"]), use_tqdm=False)
     return {
-        "outputs": [
-            {
-                "req_id": output.request_id,
-                "prompt_token_ids": list(output.prompt_token_ids),
-                "token_ids": list(output.outputs[0].token_ids),
-            }
-            for output in outputs
-        ],
+        "outputs": [result_of(output) for output in outputs],
         "watched": watcher.stop() if watcher else None,
     }
 
@@ -86,6 +149,9 @@ def probe_ops(llm: Any) -> list[str]:
 
 def main() -> int:
     spec = json.load(sys.stdin)
+    if spec["async_scheduling"]:
+        run_ahead()
+    import vllm
     from vllm import LLM
 
     llm = LLM(**spec["engine"])
@@ -96,6 +162,13 @@ def main() -> int:
         elif "rpc" in step:
             options = step.get("options", {})
             results.append(llm.collective_rpc("moe_routes", args=(step["rpc"],), kwargs=options))
+        elif "events" in step:
+            results.append(play(llm, step["events"]))
+        elif "embed" in step:
+            outputs = llm.embed(step["embed"], use_tqdm=False)
+            results.append([[out.request_id, list(out.prompt_token_ids)] for out in outputs])
+        elif step["probe"] == "where":
+            results.append(vllm.__file__)
         elif step["probe"] == "ops":
             results.append(probe_ops(llm))
         else:

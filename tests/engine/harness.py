@@ -27,6 +27,7 @@ def run_engine(
     steps: Sequence[Mapping[str, Any]],
     env: Mapping[str, str] | None = None,
     check: bool = True,
+    async_scheduling: bool = False,
 ) -> list[Any]:
     """Run one engine in a process of its own; returns one result a step.
 
@@ -34,11 +35,12 @@ def run_engine(
     """
     folder.mkdir(parents=True, exist_ok=True)
     result, log = folder / "result.json", folder / "engine.log"
+    spec = {"engine": dict(engine), "steps": list(steps), "async_scheduling": async_scheduling}
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")}
     with log.open("wb") as file:
         done = subprocess.run(
             [sys.executable, str(DRIVER), str(result)],
-            input=json.dumps({"engine": dict(engine), "steps": list(steps)}).encode(),
+            input=json.dumps(spec).encode(),
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**clean, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})},

@@ -214,7 +214,7 @@ def test_recording_does_not_change_the_output(
 
     The first two also run exactly the same ops in exactly the same order.
     """
-    probe = [GENERATE, {"probe": "ops"}, {"probe": "threads"}]
+    probe = [GENERATE, {"probe": "ops"}, {"probe": "threads"}, {"probe": "where"}]
     in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     pristine = harness.pristine_vllm(tmp_path / "pristine")
     unpatched = harness.run_engine(
@@ -224,6 +224,8 @@ def test_recording_does_not_change_the_output(
     recording = tokens_of(recorded["results"], 0)
     stopped = tokens_of(recorded["results"], 2)
     assert tokens_of(unpatched, 0) == tokens_of(off, 0) == recording == stopped
+    assert Path(unpatched[3]).is_relative_to(pristine)
+    assert not (pristine / "vllm" / "moe_routes").exists()
     assert unpatched[1] == off[1], "the switched-off recorder runs no op"
     assert not any("moe_routes" in op for op in off[1])
     assert unpatched[2] == off[2], "the switched-off recorder has no thread"

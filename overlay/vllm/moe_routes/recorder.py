@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
+import atexit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,8 @@ class Recorder:
                 self._config.flush_seconds,
             )
             self._session = session
+            # An engine in the user's own process is never told to shut its worker down.
+            atexit.register(self.shutdown)
         return self.status()
 
     def stop(self, reason: str = "stop", timeout: float = STOP_SECONDS) -> dict[str, Any]:
@@ -207,6 +210,7 @@ class Recorder:
             if self._writer is None or self._session is None:
                 raise RouteLogError("no recording runs; start one first")
             writer, self._writer = self._writer, None
+            atexit.unregister(self.shutdown)
             if self._finished:
                 writer.put(_only_finished(self._finished))
             writer.close(reason, timeout)
