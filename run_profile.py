@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 
 from expert_profiler import engine, models, patching, timing
 from expert_profiler.errors import UserError, run
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = models.read_config(preset.model)
     if config is not None:
         models.check_config(preset.model, config, args.layers)
-    prompts = load_prompts(args.prompts, args.seed)
+    prompts = load_prompts(args.prompts)
 
     # 2. Measure in a staging folder beside the artifacts, so that moving them is a rename.
     stage = Path(tempfile.mkdtemp(prefix=".run_profile-", dir=out))
@@ -187,7 +186,8 @@ def measure(
         os.environ.pop("VLLM_LOG_MOE", None)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; only the CPU backend reads it
     llm = engine.start(settings, stage / "engine.log")
-    from vllm import SamplingParams  # type: ignore[attr-defined]
+    from tqdm import tqdm
+    from vllm.sampling_params import SamplingParams
 
     def sampling(max_tokens: int) -> Any:
         return SamplingParams(max_tokens=max_tokens, temperature=args.temperature, seed=args.seed)

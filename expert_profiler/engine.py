@@ -69,7 +69,7 @@ def start(arguments: Mapping[str, Any], log: Path) -> Any:
     Raises:
         UserError: it did not start.
     """
-    from vllm import LLM  # type: ignore[attr-defined]
+    from vllm.entrypoints.llm import LLM
 
     try:
         return LLM(**arguments)

@@ -147,7 +147,7 @@ def weights(spec: TinyMoeSpec) -> Iterator[tuple[str, Array]]:
     quiet = [token for token in range(VOCAB_SIZE) if not 32 <= token < 127 and token != EOS_ID]
     head[quiet] = bfloat16_exact(head[quiet] * np.float32(0.25))
     # At full strength one token in 96 would end its text, and most texts would be short.
-    head[EOS_ID] = bfloat16_exact(head[EOS_ID] * np.float32(0.7))
+    head[EOS_ID] = bfloat16_exact(head[EOS_ID] * np.float32(0.85))
     yield "lm_head.weight", head
 
 

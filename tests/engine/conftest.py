@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from expert_profiler import patching
+from tests.engine.harness import Engines
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +26,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny-moe"
     build(folder, TinyMoeSpec())
     return folder
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    """Starts engines on the installed vLLM."""
+    running = Engines()
+    yield running
+    running.close()

@@ -1,8 +1,11 @@
-"""Run one vLLM engine through a list of steps and print what came of it.
+"""Run vLLM engines, each in a process of its own, through lists of steps.
 
-A process of its own, because an engine can't be restarted in one. Reads a JSON object from stdin:
+Imports vLLM once, which takes longer than a tiny engine's start, then forks a process for every
+line on stdin. A line is a JSON object:
 
     engine: arguments of ``vllm.LLM``
+    env: environment variables of this engine
+    result, log: files for what came of it and for what it printed
     async_scheduling: run AsyncScheduler, with stand-ins for CUDA's streams (CPU has none)
     steps: list of steps, in order, each one of
         {"generate": [prompts], "sampling": {...}, "watch": path or null}
@@ -11,13 +14,14 @@ A process of its own, because an engine can't be restarted in one. Reads a JSON 
         {"rpc": command, "options": {...}}
         {"probe": "threads" | "ops" | "where"}
 
-and writes {"results": [one a step]} to the file named by its argument. ``watch`` reads a growing
-log while the engine writes it.
+It answers every line with the process's exit code. ``watch`` reads a growing log while the engine
+writes it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -147,14 +151,13 @@ def probe_ops(llm: Any) -> list[str]:
     return seen
 
 
-def main() -> int:
-    spec = json.load(sys.stdin)
+def run(spec: dict[str, Any]) -> None:
+    """One engine, from its start to its last step."""
     if spec["async_scheduling"]:
         run_ahead()
     import vllm
-    from vllm import LLM
 
-    llm = LLM(**spec["engine"])
+    llm = vllm.LLM(**spec["engine"])
     results: list[Any] = []
     for step in spec["steps"]:
         if "generate" in step:
@@ -173,7 +176,29 @@ def main() -> int:
             results.append(probe_ops(llm))
         else:
             results.append([thread.name for thread in threading.enumerate()])
-    Path(sys.argv[1]).write_text(json.dumps({"results": results}), encoding="utf-8")
+    Path(spec["result"]).write_text(json.dumps({"results": results}), encoding="utf-8")
+
+
+def main() -> int:
+    # What a tiny engine imports, before the first fork.
+    import transformers  # noqa: F401
+    import vllm.entrypoints.llm
+    import vllm.model_executor.models.qwen2_moe
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    for line in sys.stdin:
+        spec = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            with open(spec["log"], "wb") as log:  # noqa: PTH123
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            os.environ.update(spec["env"])
+            run(spec)
+            return 0
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
     return 0
 
 

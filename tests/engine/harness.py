@@ -21,36 +21,68 @@ NEAR_TIE = 1e-5
 WEIGHT_TOLERANCE = 1e-4
 
 
-def run_engine(
-    folder: Path,
-    engine: Mapping[str, Any],
-    steps: Sequence[Mapping[str, Any]],
-    env: Mapping[str, str] | None = None,
-    check: bool = True,
-    async_scheduling: bool = False,
-) -> list[Any]:
-    """Run one engine in a process of its own; returns one result a step.
+class Engines:
+    """Starts engines in processes forked from one that has imported vLLM.
 
-    With ``check`` off the process may fail; then the list is empty and ``engine.log`` says why.
+    Args:
+        vllm_root: folder of another vLLM than the installed one, for ``PYTHONPATH``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    result, log = folder / "result.json", folder / "engine.log"
-    spec = {"engine": dict(engine), "steps": list(steps), "async_scheduling": async_scheduling}
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")}
-    with log.open("wb") as file:
-        done = subprocess.run(
-            [sys.executable, str(DRIVER), str(result)],
-            input=json.dumps(spec).encode(),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**clean, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})},
-            timeout=400,
-            check=False,
+
+    def __init__(self, vllm_root: Path | None = None) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")}
+        paths = {"PYTHONPATH": str(vllm_root)} if vllm_root else {}
+        self._process = subprocess.Popen(
+            [sys.executable, str(DRIVER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**clean, **paths, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            text=True,
         )
-    if done.returncode != 0:
-        assert not check, f"the engine failed; the end of {log}:\n{log.read_text()[-6000:]}"
-        return []
-    return list(json.loads(result.read_text(encoding="utf-8"))["results"])
+
+    def run(
+        self,
+        folder: Path,
+        engine: Mapping[str, Any],
+        steps: Sequence[Mapping[str, Any]],
+        env: Mapping[str, str] | None = None,
+        check: bool = True,
+        async_scheduling: bool = False,
+    ) -> list[Any]:
+        """Run one engine, in one process unless ``env`` says otherwise; one result a step.
+
+        With ``check`` off the engine may fail; then the list is empty and ``engine.log`` in
+        ``folder`` says why.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        result, log = folder / "result.json", folder / "engine.log"
+        spec = {
+            "engine": dict(engine),
+            "steps": list(steps),
+            "async_scheduling": async_scheduling,
+            "env": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})},
+            "result": str(result),
+            "log": str(log),
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(spec) + "\n")
+        self._process.stdin.flush()
+        code = -1
+        for line in self._process.stdout:  # libraries may print while they are imported
+            if line.strip().lstrip("-").isdigit():
+                code = int(line)
+                break
+        if code != 0:
+            tail = log.read_text()[-6000:] if log.exists() else "nothing printed"
+            assert not check, f"the engine failed ({code}); the end of {log}:\n{tail}"
+            return []
+        return list(json.loads(result.read_text(encoding="utf-8"))["results"])
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
 
 
 def pristine_vllm(folder: Path) -> Path:

@@ -33,11 +33,13 @@ def settings(tiny_checkpoint: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def recorded(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def recorded(
+    engines: harness.Engines, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """One engine, recording from its start: two runs of the same prompts into two files."""
     folder = tmp_path_factory.mktemp("recorded")
     first, second = folder / "first.jsonl", folder / "second.jsonl"
-    results = harness.run_engine(
+    results = engines.run(
         folder,
         settings,
         [
@@ -51,7 +53,11 @@ def recorded(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
             {"rpc": "status"},
             {"rpc": "nonsense"},
         ],
-        env={"VLLM_LOG_MOE": str(first), "VLLM_LOG_MOE_FLUSH_SECONDS": "0.1"},
+        env={
+            "VLLM_LOG_MOE": str(first),
+            "VLLM_LOG_MOE_FLUSH_SECONDS": "0.1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as users run it
+        },
     )
     return {"first": harness.read(first), "second": harness.read(second), "results": results}
 
@@ -185,11 +191,11 @@ def test_misuse_is_answered_and_changes_nothing(recorded: dict[str, Any]) -> Non
 
 
 def test_compiled_and_eager_choose_the_same_experts(
-    recorded: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+    engines: harness.Engines, recorded: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "compiled.jsonl"
     compiled = {**settings, "enforce_eager": False}
-    results = harness.run_engine(tmp_path, compiled, [GENERATE], env={"VLLM_LOG_MOE": str(path)})
+    results = engines.run(tmp_path, compiled, [GENERATE], env={"VLLM_LOG_MOE": str(path)})
     log = harness.read(path)
     assert log.meta["execution"] == "compiled"
     assert log.end["self_check"]["verdict"] == "pass"
@@ -208,19 +214,18 @@ def test_compiled_and_eager_choose_the_same_experts(
 
 
 def test_recording_does_not_change_the_output(
-    recorded: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+    engines: harness.Engines, recorded: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Unpatched, patched but off, armed but stopped, and recording generate the same tokens.
 
     The first two also run exactly the same ops in exactly the same order.
     """
     probe = [GENERATE, {"probe": "ops"}, {"probe": "threads"}, {"probe": "where"}]
-    in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     pristine = harness.pristine_vllm(tmp_path / "pristine")
-    unpatched = harness.run_engine(
-        tmp_path / "unpatched", settings, probe, env={**in_process, "PYTHONPATH": str(pristine)}
-    )
-    off = harness.run_engine(tmp_path / "off", settings, probe, env=in_process)
+    unpatched_engines = harness.Engines(pristine)
+    unpatched = unpatched_engines.run(tmp_path / "unpatched", settings, probe)
+    unpatched_engines.close()
+    off = engines.run(tmp_path / "off", settings, probe)
     recording = tokens_of(recorded["results"], 0)
     stopped = tokens_of(recorded["results"], 2)
     assert tokens_of(unpatched, 0) == tokens_of(off, 0) == recording == stopped
@@ -233,10 +238,10 @@ def test_recording_does_not_change_the_output(
 
 
 def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
-    settings: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
+    engines: harness.Engines, settings: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "some.jsonl"
-    results = harness.run_engine(
+    results = engines.run(
         tmp_path,
         settings,
         [GENERATE, {"rpc": "start"}, GENERATE, {"rpc": "stop"}],
@@ -262,11 +267,15 @@ def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
     ],
 )
 def test_a_bad_switch_stops_the_engine_with_the_reason(
-    settings: dict[str, Any], tmp_path: Path, env: dict[str, str], message: str
+    engines: harness.Engines,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    env: dict[str, str],
+    message: str,
 ) -> None:
     path = tmp_path / "x.jsonl"
-    full = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOG_MOE": str(path), **env}
-    assert harness.run_engine(tmp_path, settings, [], env=full, check=False) == []
+    full = {"VLLM_LOG_MOE": str(path), **env}
+    assert engines.run(tmp_path, settings, [], env=full, check=False) == []
     assert "RouteLogError: " in (text := (tmp_path / "engine.log").read_text())
     assert message in text
     assert not path.exists()

@@ -9,7 +9,6 @@ from typing import Any
 
 from vllm.moe_routes.errors import RouteLogError
 
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _ITEM = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
 
 
@@ -45,7 +44,7 @@ def layer_index(name: str) -> int:
     Raises:
         RouteLogError: the name holds no index, or more than one.
     """
-    found = _INDEX.findall(name)
+    found = [part for part in name.split(".") if part.isdecimal()]
     if len(found) != 1:
         raise RouteLogError(
             f"MoE layer {name!r} has {len(found)} numbers in its name, so its layer index is not "

@@ -90,10 +90,12 @@ class Recorder:
         self._writers = [i for i, own in enumerate(stages) if any(item in own for item in chosen)]
         self._step_id = 0
         self._finished: list[str] = []
-        self._new: dict[str, StopRule | None] = {}
+        self._new: set[str] = set()
+        self._known: set[str] = set()
+        #: Of the recording that runs, or of the last one.
         self._session: Session | None = None
         self._writer: Writer | None = None
-        self._last_end: dict[str, Any] | None = None
+        self._recording = False
         if not self._layers:
             return
         self._header = provenance.header(
@@ -117,14 +119,11 @@ class Recorder:
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Note what a step starts and ends. Also called for steps without a forward pass."""
-        if self._writer is None:
+        if not self._recording:
             return
         self._finished.extend(scheduler_output.finished_req_ids)
-        runs_ahead = self._runner.use_async_scheduling
-        self._new = {
-            item.req_id: _stop_rule(item.sampling_params) if runs_ahead else None
-            for item in scheduler_output.scheduled_new_reqs
-        }
+        self._known.difference_update(scheduler_output.finished_req_ids)
+        self._new = {item.req_id for item in scheduler_output.scheduled_new_reqs}
 
     def end_step(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Snapshot the forward pass that just ran.
@@ -132,11 +131,11 @@ class Recorder:
         Args:
             num_scheduled_tokens: [R] rows of every request, in batch order.
         """
-        if self._writer is None:
+        if not self._recording or self._writer is None:
             return
         batch = self._runner.input_batch
         num_reqs = len(num_scheduled_tokens)
-        token_ids = self._runner.input_ids.gpu if self._runner.use_async_scheduling else None
+        runs_ahead = self._runner.use_async_scheduling
         step = Step(
             forward_pass_id=self._step_id,
             req_ids=batch.req_ids.copy(),
@@ -144,14 +143,25 @@ class Recorder:
             num_computed_tokens=batch.num_computed_tokens_cpu[:num_reqs].copy(),
             num_prompt_tokens=batch.num_prompt_tokens[:num_reqs].copy(),
             new_requests=self._new,
+            stop_rules=self._stop_rules(batch.req_ids) if runs_ahead else {},
             finished=self._finished,
             pending=self._snapshotter.take(
-                self._buffer, int(num_scheduled_tokens.sum()), token_ids
+                self._buffer,
+                int(num_scheduled_tokens.sum()),
+                self._runner.input_ids.gpu if runs_ahead else None,
             ),
         )
         self._finished = []
         self._step_id += 1
         self._writer.put(step)
+
+    def _stop_rules(self, req_ids: list[str]) -> dict[str, StopRule]:
+        """Rules of the requests that this recording sees for the first time."""
+        first_seen = [raw_id for raw_id in req_ids if raw_id not in self._known]
+        self._known.update(first_seen)
+        requests = self._runner.requests
+        rules = {raw_id: _stop_rule(requests[raw_id].sampling_params) for raw_id in first_seen}
+        return {raw_id: rule for raw_id, rule in rules.items() if rule is not None}
 
     # ---- control ---------------------------------------------------------------------------
 
@@ -179,7 +189,7 @@ class Recorder:
 
     def start(self, path: str | None = None) -> dict[str, Any]:
         """Start a recording into a new file, from the next forward pass on."""
-        if self._writer is not None:
+        if self._recording:
             raise RouteLogError("recording already runs; stop it first")
         if self._layers:
             self._buffer.clear()  # warm-up passes have been through it
@@ -192,14 +202,14 @@ class Recorder:
                 self._layers,
                 self._buffer.not_an_id,
             )
-            self._step_id, self._finished, self._new = 0, [], {}
+            self._step_id, self._finished, self._new, self._known = 0, [], set(), set()
             self._writer = Writer(
                 session,
                 self._config.queue_bytes,
                 self._config.on_full,
                 self._config.flush_seconds,
             )
-            self._session = session
+            self._session, self._recording = session, True
             # An engine in the user's own process is never told to shut its worker down.
             atexit.register(self.shutdown)
         return self.status()
@@ -207,14 +217,13 @@ class Recorder:
     def stop(self, reason: str = "stop", timeout: float = STOP_SECONDS) -> dict[str, Any]:
         """Stop recording: everything waiting is written, then the end record."""
         if self._layers:
-            if self._writer is None or self._session is None:
+            if not self._recording or self._writer is None:
                 raise RouteLogError("no recording runs; start one first")
-            writer, self._writer = self._writer, None
+            self._recording = False
             atexit.unregister(self.shutdown)
             if self._finished:
-                writer.put(_only_finished(self._finished))
-            writer.close(reason, timeout)
-            self._last_end = self._session.end_record(reason)
+                self._writer.put(_only_finished(self._finished))
+            self._writer.close(reason, timeout)
         return self.status()
 
     def status(self) -> dict[str, Any]:
@@ -222,17 +231,20 @@ class Recorder:
         status: dict[str, Any] = {
             "rank": self._rank(),
             "writes": bool(self._layers),
-            "recording": self._writer is not None,
+            "recording": self._recording,
         }
-        if self._session is not None:
+        if self._session is not None and self._writer is not None:
             status["path"] = str(self._session.path)
             status["since"] = self._session.started
-            status["end"] = self._last_end
+            status["so_far"] = self._session.totals()
+            status["waiting_bytes"] = self._writer.waiting_bytes
+            status["end"] = self._session.end
+            status["error"] = self._writer.error
         return status
 
     def shutdown(self) -> None:
         """Close what is open when the worker goes down."""
-        if self._writer is None:
+        if not self._recording:
             return
         result = self.control("stop", reason="shutdown", timeout=SHUTDOWN_SECONDS)
         if not result["ok"]:
@@ -271,4 +283,4 @@ def _stop_rule(params: Any) -> StopRule | None:
 def _only_finished(finished: list[str]) -> Step:
     """A step without a forward pass, to end requests."""
     none = np.zeros(0, dtype=np.int32)
-    return Step(-1, [], none, none, none, {}, finished, None)
+    return Step(-1, [], none, none, none, (), {}, finished, None)

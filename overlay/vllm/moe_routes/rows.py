@@ -5,8 +5,9 @@ The engine thread only copies what the host already knows (:class:`Step`); :clas
 works it out on the writer thread, step by step and in order.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -46,8 +47,9 @@ class Step(NamedTuple):
         num_scheduled_tokens: [R] rows of every request.
         num_computed_tokens: [R] position of every request's first row.
         num_prompt_tokens: [R].
-        new_requests: those of ``req_ids`` that are scheduled for the first time, each with its
-            stop rule (None where the host needs none, because nothing runs ahead).
+        new_requests: those of ``req_ids`` that are scheduled for the first time.
+        stop_rules: of requests that this recording sees for the first time; empty where the engine
+            does not run ahead of its sampled tokens.
         finished: requests that ended since the last step.
         pending: the routes, or None when the pass was dropped.
     """
@@ -57,7 +59,8 @@ class Step(NamedTuple):
     num_scheduled_tokens: npt.NDArray[Any]
     num_computed_tokens: npt.NDArray[Any]
     num_prompt_tokens: npt.NDArray[Any]
-    new_requests: Mapping[str, StopRule | None]
+    new_requests: Collection[str]
+    stop_rules: Mapping[str, StopRule]
     finished: Sequence[str]
     pending: Pending | None
 
@@ -89,8 +92,9 @@ class Request:
         cached_tokens: leading positions taken from the prefix cache: never routed.
         missed_tokens: leading positions executed before the recording started.
         next_position: one past the highest position executed so far.
-        positions: rows that count, one per position.
-        rows_flagged: rows that don't.
+        positions: rows recorded that count, one per position and layer.
+        rows_flagged: rows recorded that don't.
+        rows_dropped: rows whose routes were dropped.
         stopped_at: position of the token that stopped it, once that token was seen as an input.
     """
 
@@ -103,7 +107,8 @@ class Request:
     next_position: int = 0
     positions: int = 0
     rows_flagged: int = 0
-    stopped_at: int | None = field(default=None, repr=False)
+    rows_dropped: int = 0
+    stopped_at: int | None = None
 
     def flag(
         self, positions: npt.NDArray[Any], token_ids: npt.NDArray[Any] | None
@@ -125,10 +130,16 @@ class Request:
         if self.stopped_at is not None:
             flags[positions >= self.stopped_at] = Flag.OVERRUN
         self.next_position = max(self.next_position, int(positions[-1]) + 1)
+        return flags
+
+    def count(self, flags: npt.NDArray[Any], recorded: bool) -> None:
+        """Account for rows with these flags, recorded or dropped."""
+        if not recorded:
+            self.rows_dropped += len(flags)
+            return
         flagged = int(np.count_nonzero(flags))
         self.rows_flagged += flagged
-        self.positions += len(positions) - flagged
-        return flags
+        self.positions += len(flags) - flagged
 
 
 def external_id(raw_id: str) -> str:
@@ -146,12 +157,15 @@ class RequestBook:
         self._live: dict[str, Request] = {}
         self._taken: set[str] = set()
 
-    def place(self, step: Step, token_ids: npt.NDArray[Any] | None) -> RowTable:
+    def place(
+        self, step: Step, token_ids: npt.NDArray[Any] | None, recorded: bool = True
+    ) -> RowTable:
         """Work out the rows of ``step`` and move its requests on.
 
         Args:
             step: the step; its rows are the requests' rows one after another.
             token_ids: [n] input tokens, or None.
+            recorded: whether the rows were captured; else they count as dropped.
         """
         counts = step.num_scheduled_tokens.astype(np.int64)
         starts = np.cumsum(counts) - counts
@@ -164,9 +178,12 @@ class RequestBook:
             request = self._live.get(raw_id)
             if request is None:
                 request = self._open(step, i)
+            if counts[i] == 0:
+                continue
             rows = slice(int(starts[i]), int(starts[i] + counts[i]))
             tokens = None if token_ids is None else token_ids[rows]
             flags[rows] = request.flag(positions[rows], tokens)
+            request.count(flags[rows], recorded)
             req_ids.extend([request.req_id] * int(counts[i]))
         is_decode = positions >= np.repeat(step.num_prompt_tokens.astype(np.int64), counts)
         return RowTable(req_ids, positions, is_decode, flags)
@@ -182,8 +199,11 @@ class RequestBook:
     def _open(self, step: Step, i: int) -> Request:
         raw_id = step.req_ids[i]
         req_id = external_id(raw_id)
-        if req_id in self._taken:  # a client's own id, used twice: only vLLM's id tells them apart
-            req_id = raw_id
+        # A client's own id, used twice: only vLLM's id tells them apart, if it was not guessed.
+        for other in itertools.chain([raw_id], (f"{raw_id}#{n}" for n in itertools.count(2))):
+            if req_id not in self._taken:
+                break
+            req_id = other
         self._taken.add(req_id)
         first = int(step.num_computed_tokens[i])
         is_new = raw_id in step.new_requests
@@ -191,7 +211,7 @@ class RequestBook:
             req_id=req_id,
             raw_id=raw_id,
             num_prompt_tokens=int(step.num_prompt_tokens[i]),
-            stop=step.new_requests.get(raw_id),
+            stop=step.stop_rules.get(raw_id),
             cached_tokens=first if is_new else 0,
             missed_tokens=0 if is_new else first,
             next_position=first,

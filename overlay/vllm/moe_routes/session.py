@@ -69,6 +69,8 @@ class Session:
         #: Rows lost, by cause. A row is one token in one layer.
         self.drops = {"queue_full": 0, "not_captured": 0, "write_error": 0}
         self.started = time.time()
+        #: The end record, once it is written.
+        self.end: dict[str, Any] | None = None
         first_line = jsonl.encode_object({**header, "start_time": now()})
         self._file = create(path)
         self._put(first_line)
@@ -81,7 +83,7 @@ class Session:
             return
         num_rows = int(step.num_scheduled_tokens.sum())
         if step.pending is None:
-            self._book.place(step, None)
+            self._book.place(step, None, recorded=False)
             self._check.dropped(num_rows)
             self.drops["queue_full"] += num_rows * len(self._layers)
             return
@@ -115,8 +117,10 @@ class Session:
     def close(self, reason: str) -> None:
         """Write the requests still running and the end record, and close the file."""
         self._end_requests(self._book.finish_all(), finished=False)
-        self._put(jsonl.encode_object(self.end_record(reason)))
+        end = self.end_record(reason)
+        self._put(jsonl.encode_object(end))
         self._file.close()
+        self.end = end
 
     def abandon(self) -> None:
         """Give up on the file after a write error; what reached it stays readable."""
@@ -129,6 +133,14 @@ class Session:
         return {
             "type": "end",
             "reason": reason,
+            **self.totals(),
+            "self_check": self._check.verdict(),
+            "end_time": now(),
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """The counters as they stand; may be read from any thread."""
+        return {
             "rows": self.rows,
             "rows_flagged": self.rows_flagged,
             "passes": self.passes,
@@ -136,9 +148,7 @@ class Session:
             "cached_tokens": self.cached_tokens,
             "missed_tokens": self.missed_tokens,
             "bytes": self.bytes,
-            "drops": self.drops,
-            "self_check": self._check.verdict(),
-            "end_time": now(),
+            "drops": dict(self.drops),
         }
 
     def _end_requests(self, requests: Sequence[Request], finished: bool) -> None:

@@ -55,10 +55,11 @@ def encode_routes(
     slots = [(i, item.layer, item.top_k) for i, item in enumerate(layers)]
     same_k = all(item.top_k == topk_ids.shape[2] for item in layers)
     positions = rows.positions.tolist()
+    is_decode, flags = rows.is_decode.tolist(), rows.flags.tolist()
     lines: list[_Route] = []
     for t, req_id in enumerate(rows.req_ids):
         ids, weights, position = all_ids[t], all_weights[t], positions[t]
-        phase, flag = _PHASES[rows.is_decode[t]], _FLAG_NAMES[rows.flags[t]]
+        phase, flag = _PHASES[is_decode[t]], _FLAG_NAMES[flags[t]]
         for i, layer, top_k in slots:
             if every or good[t, i]:
                 k = ids[i] if same_k else ids[i][:top_k]

@@ -1,0 +1,650 @@
+"""The recorder on a stand-in for the model runner: real passes, and what it is told to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.moe_routes import provenance
+from vllm.moe_routes import recorder as module
+from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.hooks import _log_moe_routes, _write_moe_log_header
+from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
+from vllm.sampling_params import SamplingParams
+
+from tests.recorder.build import DEVICE, clean_routes, read_lines
+
+pytestmark = pytest.mark.timeout(60)
+
+INDICES = (1, 3, 4)
+TOP_K = 2
+EOS = 9
+
+
+def _moe(**changes: Any) -> SimpleNamespace:
+    layer = SimpleNamespace(
+        top_k=TOP_K,
+        logical_num_experts=8,
+        renormalize=False,
+        scoring_func="softmax",
+        is_sequence_parallel=False,
+        quant_method=SimpleNamespace(is_monolithic=False),
+    )
+    vars(layer).update(changes)
+    _write_moe_log_header(layer)
+    return layer
+
+
+def _vllm_config(layers: dict[str, SimpleNamespace]) -> SimpleNamespace:
+    """What the recorder reads of a ``VllmConfig``."""
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(
+            static_forward_context=layers,
+            static_all_moe_layers=list(layers),
+            cudagraph_mode=None,
+            mode=None,
+        ),
+        model_config=SimpleNamespace(model="tiny", seed=1, dtype=torch.float32, quantization=None),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            prefill_context_parallel_size=1,
+            enable_expert_parallel=False,
+            enable_dbo=False,
+            use_ubatching=False,
+            enable_eplb=False,
+        ),
+        scheduler_config=SimpleNamespace(
+            max_num_batched_tokens=32, enable_chunked_prefill=True, async_scheduling=False
+        ),
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+        speculative_config=None,
+        lora_config=None,
+    )
+
+
+class FakeRunner:
+    """Passes over made-up requests, as ``GPUModelRunner.execute_model`` goes through them."""
+
+    def __init__(self, indices: tuple[int, ...] = INDICES, runs_ahead: bool = False) -> None:
+        self.layers = {f"model.layers.{i}.mlp.experts": _moe() for i in indices}
+        self.vllm_config = _vllm_config(self.layers)
+        self.device = DEVICE
+        self.use_async_scheduling = runs_ahead
+        self.input_ids = SimpleNamespace(gpu=torch.zeros(32, dtype=torch.int32, device=DEVICE))
+        self.input_batch = SimpleNamespace(
+            req_ids=[],
+            num_computed_tokens_cpu=np.zeros(8, dtype=np.int32),
+            num_prompt_tokens=np.zeros(8, dtype=np.int32),
+        )
+        self.moe_routes: Recorder | None = None
+        self.passes = 0
+        self.computed: dict[str, int] = {}
+        self.requests: dict[str, SimpleNamespace] = {}
+
+    def forward(self, n: int) -> list[list[int]]:
+        """Run the layers over n rows; return layer 0's ids."""
+        self.passes += 1
+        items = [SimpleNamespace(top_k=TOP_K, num_experts=8) for _ in self.layers]
+        routes = clean_routes(items, n, seed=self.passes)  # type: ignore[arg-type]
+        for slot, layer in enumerate(self.layers.values()):
+            ids = torch.from_numpy(routes.topk_ids[:, slot].astype(np.int32)).to(DEVICE)
+            weights = torch.from_numpy(routes.topk_weights[:, slot].copy()).to(DEVICE)
+            _log_moe_routes(layer, ids, weights)
+        chosen: list[list[int]] = routes.topk_ids[:, 0].tolist()
+        return chosen
+
+    def execute(
+        self,
+        *rows: tuple[str, int, int],
+        finished: tuple[str, ...] = (),
+        tokens: tuple[int, ...] = (),
+        params: SamplingParams | None = None,
+    ) -> list[list[int]]:
+        """One step over (raw id, rows, prompt length) of every request."""
+        new = [raw_id for raw_id, _, _ in rows if raw_id not in self.computed]
+        self.requests.update({raw_id: SimpleNamespace(sampling_params=params) for raw_id in new})
+        batch = self.input_batch
+        batch.req_ids = [raw_id for raw_id, _, _ in rows]
+        for i, (raw_id, _, prompt) in enumerate(rows):
+            batch.num_computed_tokens_cpu[i] = self.computed.get(raw_id, 0)
+            batch.num_prompt_tokens[i] = prompt
+        if self.moe_routes is not None:
+            self.moe_routes.begin_step(
+                SimpleNamespace(
+                    finished_req_ids=set(finished),
+                    scheduled_new_reqs=[
+                        SimpleNamespace(req_id=raw_id, sampling_params=params) for raw_id in new
+                    ],
+                )
+            )
+        counts = np.array([n for _, n, _ in rows], dtype=np.int32)
+        if not counts.sum():
+            return []
+        if tokens:
+            self.input_ids.gpu[: len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        chosen = self.forward(int(counts.sum()))
+        if self.moe_routes is not None:
+            self.moe_routes.end_step(counts)
+        for raw_id, n, _ in rows:
+            self.computed[raw_id] = self.computed.get(raw_id, 0) + n
+        # The runner goes on with the same arrays.
+        batch.req_ids.clear()
+        batch.num_computed_tokens_cpu[:] = -1
+        batch.num_prompt_tokens[:] = -1
+        counts[:] = -1
+        return chosen
+
+    def dummy_run(self) -> None:
+        """A profile, warm-up or capture pass."""
+        self.forward(32)
+
+
+def _group(rank: int = 0, size: int = 1) -> Callable[[], SimpleNamespace]:
+    return lambda: SimpleNamespace(rank_in_group=rank, world_size=size, cpu_group=None)
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_pp_group", _group())
+    monkeypatch.setattr(module, "get_tp_group", _group())
+    # It covers files of an installed vLLM, which lie elsewhere than this overlay.
+    monkeypatch.setattr(provenance, "patch_id", lambda: "0123abcd")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "x.jsonl"
+
+
+@pytest.fixture
+def arm(log: Path) -> Iterator[Callable[..., FakeRunner]]:
+    """Make a runner with a recorder; what is still open at the end of the test is closed."""
+    armed: list[FakeRunner] = []
+
+    def arm(runner: FakeRunner | None = None, **switches: Any) -> FakeRunner:
+        runner = runner or FakeRunner()
+        config = dataclasses.replace(RouteLogConfig(log, autostart=False), **switches)
+        runner.moe_routes = Recorder(config, runner)
+        armed.append(runner)
+        return runner
+
+    yield arm
+    for runner in armed:
+        assert runner.moe_routes is not None
+        runner.moe_routes.shutdown()
+
+
+def _do(runner: FakeRunner, command: Any, **options: Any) -> dict[str, Any]:
+    return control(SimpleNamespace(model_runner=runner), command, **options)
+
+
+def _routes(log: Path, layer: int = INDICES[0]) -> list[dict[str, Any]]:
+    return [line for line in read_lines(log) if line["type"] == "route" and line["layer"] == layer]
+
+
+Arm = Callable[..., FakeRunner]
+
+# ---- off -----------------------------------------------------------------------------------
+
+
+def test_without_the_switch_there_is_no_recorder_and_no_tap() -> None:
+    runner = FakeRunner()
+    assert attach(runner) is None
+    assert all(layer.moe_route_tap is None for layer in runner.layers.values())
+
+
+def test_the_switch_arms_and_starts(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOG_MOE", str(log))
+    runner = FakeRunner()
+    runner.moe_routes = attach(runner)
+    assert runner.moe_routes is not None
+    assert _do(runner, "status")["recording"] is True
+    runner.execute(("7-0000000a", 3, 3))
+    shutdown(SimpleNamespace(model_runner=runner))
+    assert len(_routes(log)) == 3
+    assert read_lines(log)[-1]["reason"] == "shutdown"
+
+
+def test_without_autostart_there_is_no_file_and_no_row_until_start(arm: Arm, log: Path) -> None:
+    runner = arm()
+    runner.execute(("7-0000000a", 3, 3))
+    assert not log.exists()
+    assert _do(runner, "start")["ok"]
+    runner.execute(("7-0000000a", 1, 3))
+    assert _do(runner, "stop")["ok"]
+    assert [row["token_idx"] for row in _routes(log)] == [3]
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "status", "rubbish"])
+def test_a_command_to_an_engine_without_a_recorder_is_answered_with_the_remedy(
+    command: str,
+) -> None:
+    answer = _do(FakeRunner(), command)
+    assert answer["ok"] is False
+    assert "VLLM_LOG_MOE" in answer["error"]
+
+
+def test_shutting_down_a_worker_that_never_came_up_is_no_error() -> None:
+    shutdown(SimpleNamespace())
+    shutdown(SimpleNamespace(model_runner=None))
+    shutdown(SimpleNamespace(model_runner=FakeRunner()))
+
+
+# ---- what is recorded ----------------------------------------------------------------------
+
+
+def test_the_rows_of_a_pass_are_the_ids_that_its_layers_chose(arm: Arm, log: Path) -> None:
+    runner = arm()
+    _do(runner, "start")
+    first = runner.execute(("7-0000000a", 3, 3), ("8-0000000b", 2, 4))
+    second = runner.execute(("8-0000000b", 2, 4), ("7-0000000a", 1, 3))
+    _do(runner, "stop")
+    rows = _routes(log)
+    assert [row["topk_ids"] for row in rows] == first + second
+    assert [(row["req_id"], row["token_idx"]) for row in rows] == [
+        *[("7", 0), ("7", 1), ("7", 2), ("8", 0), ("8", 1)],
+        *[("8", 2), ("8", 3), ("7", 3)],
+    ]
+    assert [row["forward_pass_id"] for row in rows] == [0] * 5 + [1] * 3
+    assert [row["phase"] for row in rows] == ["prefill"] * 7 + ["decode"]
+
+
+def test_warm_up_passes_never_reach_the_file(arm: Arm, log: Path) -> None:
+    runner = arm(autostart=True)
+    runner.dummy_run()
+    chosen = runner.execute(("7-0000000a", 3, 3))
+    runner.dummy_run()
+    chosen += runner.execute(("7-0000000a", 1, 3))
+    _do(runner, "stop")
+    assert [row["topk_ids"] for row in _routes(log)] == chosen
+    assert read_lines(log)[-1]["self_check"]["verdict"] == "pass"
+
+
+def test_a_layer_that_did_not_fire_is_not_filled_from_warm_up(arm: Arm, log: Path) -> None:
+    runner = arm()
+    runner.dummy_run()
+    _do(runner, "start")
+    silent = runner.layers["model.layers.3.mlp.experts"]
+    silent.moe_route_tap = None
+    runner.execute(("7-0000000a", 3, 3))
+    _do(runner, "stop")
+    assert _routes(log, 3) == []
+    assert read_lines(log)[-1]["self_check"]["verdict"] == "fail"
+
+
+def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path) -> None:
+    runner = arm(layers="3-4")
+    _do(runner, "start")
+    runner.execute(("7-0000000a", 2, 2))
+    _do(runner, "stop")
+    header = read_lines(log)[0]
+    assert header["layers_logged"] == [3, 4]
+    assert header["num_moe_layers"] == 3
+    assert {row["layer"] for row in read_lines(log) if row["type"] == "route"} == {3, 4}
+    taps = [layer.moe_route_tap for layer in runner.layers.values()]
+    assert [tap and tap.slot for tap in taps] == [None, 0, 1]
+
+
+def test_the_header_starts_with_the_documented_keys(arm: Arm, log: Path) -> None:
+    _do(arm(), "start")
+    header = read_lines(log)[0]
+    assert list(header)[:8] == [
+        "type",
+        "model_id",
+        "vllm_version",
+        "torch_version",
+        "device",
+        "seed",
+        "layers_logged",
+        "top_k",
+    ]
+    assert header["schema_version"] == 1
+    assert header["files"] == ["x.jsonl"]
+    assert header["execution"] == "eager"
+    assert header["rank"] == {"pp": 0, "tp": 0}
+    assert header["patch_id"] == "0123abcd"
+    assert [item["layer"] for item in header["layers"]] == list(INDICES)
+
+
+def test_the_row_that_runs_ahead_of_a_stop_is_marked(arm: Arm, log: Path) -> None:
+    runner = arm(FakeRunner(runs_ahead=True))
+    _do(runner, "start")
+    params = SamplingParams(stop_token_ids=[EOS])
+    runner.execute(("7-0000000a", 2, 2), tokens=(1, EOS), params=params)
+    runner.execute(("7-0000000a", 1, 2), tokens=(4,))
+    runner.execute(("7-0000000a", 1, 2), tokens=(EOS,))
+    _do(runner, "stop")
+    assert [row.get("flag") for row in _routes(log)] == [None, None, None, "overrun"]
+
+
+def test_the_row_that_runs_ahead_is_marked_in_a_recording_that_joined_later(
+    arm: Arm, log: Path
+) -> None:
+    runner = arm(FakeRunner(runs_ahead=True))
+    params = SamplingParams(stop_token_ids=[EOS])
+    runner.execute(("7-0000000a", 2, 2), tokens=(1, 2), params=params)
+    _do(runner, "start")
+    runner.execute(("7-0000000a", 1, 2), tokens=(4,))
+    runner.execute(("7-0000000a", 1, 2), tokens=(EOS,))
+    _do(runner, "stop")
+    assert [row.get("flag") for row in _routes(log)] == [None, "overrun"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "stops"),
+    [
+        ({}, {EOS}),
+        ({"stop_token_ids": [5]}, {5, EOS}),
+        ({"ignore_eos": True}, set()),
+        ({"ignore_eos": True, "stop_token_ids": [5]}, {5}),
+    ],
+)
+def test_a_request_stops_at_what_its_parameters_say(facts: dict[str, Any], stops: set[int]) -> None:
+    params = SamplingParams(min_tokens=2, **facts)
+    params.update_from_generation_config({}, EOS)  # as the engine does
+    assert module._stop_rule(params) == (stops, 2)
+
+
+def test_a_pooling_request_has_no_stop_rule() -> None:
+    assert module._stop_rule(None) is None
+
+
+def test_requests_that_end_without_another_pass_are_ended_at_stop(arm: Arm, log: Path) -> None:
+    runner = arm()
+    _do(runner, "start")
+    runner.execute(("7-0000000a", 2, 2), ("8-0000000b", 1, 1))
+    runner.execute(finished=("7-0000000a",))
+    _do(runner, "stop")
+    ended = {r["req_id"]: r["finished"] for r in read_lines(log) if r["type"] == "request"}
+    assert ended == {"7": True, "8": False}
+
+
+# ---- control -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["rubbish", "", None, 5, ["start"], "__init__", "shutdown"])
+def test_an_unknown_command_is_answered_not_raised(arm: Arm, command: Any) -> None:
+    answer = _do(arm(), command)
+    assert answer["ok"] is False
+    assert answer["error"]
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "status"])
+def test_an_unknown_option_is_answered_not_raised(arm: Arm, command: str) -> None:
+    assert _do(arm(), command, colour="red")["ok"] is False
+
+
+def test_start_while_recording_is_refused_and_the_recording_goes_on(arm: Arm, log: Path) -> None:
+    runner = arm(autostart=True)
+    answer = _do(runner, "start")
+    assert answer["ok"] is False
+    assert "stop it first" in answer["error"]
+    runner.execute(("7-0000000a", 2, 2))
+    assert _do(runner, "stop")["ok"]
+    assert len(_routes(log)) == 2
+
+
+def test_stop_while_stopped_is_refused(arm: Arm) -> None:
+    runner = arm(autostart=True)
+    assert _do(runner, "stop")["ok"]
+    answer = _do(runner, "stop")
+    assert answer["ok"] is False
+    assert "start one first" in answer["error"]
+
+
+def test_start_onto_an_existing_file_is_answered_and_leaves_recording_off(
+    arm: Arm, log: Path
+) -> None:
+    runner = arm(autostart=True)
+    _do(runner, "stop")
+    before = log.read_bytes()
+    answer = _do(runner, "start")
+    assert answer["ok"] is False
+    assert "exists" in answer["error"]
+    assert _do(runner, "status")["recording"] is False
+    assert log.read_bytes() == before
+
+
+def test_a_second_recording_starts_over_in_its_own_file(
+    arm: Arm, log: Path, tmp_path: Path
+) -> None:
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+    _do(runner, "stop")
+    runner.execute(("7-0000000a", 1, 2))
+    other = tmp_path / "other.jsonl"
+    assert _do(runner, "start", path=str(other))["path"] == str(other)
+    runner.execute(("7-0000000a", 1, 2))
+    _do(runner, "stop")
+    assert [row["token_idx"] for row in _routes(log)] == [0, 1]
+    (row,) = _routes(other)
+    assert (row["token_idx"], row["forward_pass_id"]) == (3, 0)
+    (request,) = [line for line in read_lines(other) if line["type"] == "request"]
+    assert request["missed_tokens"] == 3
+
+
+def test_status_tells_what_is_going_on(arm: Arm, log: Path) -> None:
+    runner = arm()
+    off = _do(runner, "status")
+    assert (off["ok"], off["recording"], off["writes"]) == (True, False, True)
+    _do(runner, "start")
+    on = _do(runner, "status")
+    assert (on["recording"], on["path"], on["end"]) == (True, str(log), None)
+    assert on["since"] > 0
+
+
+def test_stop_answers_with_the_end_record_of_the_file(arm: Arm, log: Path) -> None:
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+    answer = _do(runner, "stop")
+    end = read_lines(log)[-1]
+    assert answer["end"]["bytes"] == end["bytes"]
+    assert answer["end"] == end
+
+
+def test_a_running_recording_has_no_end_record(arm: Arm, tmp_path: Path) -> None:
+    runner = arm(autostart=True)
+    _do(runner, "stop")
+    assert _do(runner, "start", path=str(tmp_path / "other.jsonl"))["end"] is None
+
+
+def _break_file(runner: FakeRunner) -> None:
+    """Every later write fails, as on a full disk."""
+
+    def full(_: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    assert runner.moe_routes is not None
+    assert runner.moe_routes._session is not None
+    runner.moe_routes._session._put = full  # type: ignore[assignment, method-assign]
+
+
+def test_a_full_disk_stops_the_recording_and_not_the_engine(arm: Arm) -> None:
+    runner = arm(autostart=True, queue_bytes=100)
+    _break_file(runner)
+    for i in range(50):
+        runner.execute((f"{i}-{i:08x}", 5, 5))
+    answer = _do(runner, "stop")
+    assert answer["ok"] is False
+    assert "No space left on device" in answer["error"]
+    assert _do(runner, "status")["recording"] is False
+
+
+def test_status_tells_that_recording_stopped_on_an_error(arm: Arm) -> None:
+    runner = arm(autostart=True)
+    _break_file(runner)
+    runner.execute(("7-0000000a", 2, 2))
+    assert runner.moe_routes is not None
+    assert runner.moe_routes._writer is not None
+    for _ in range(1000):
+        if runner.moe_routes._writer.error is not None:
+            break
+        time.sleep(0.005)
+    assert "No space left on device" in str(_do(runner, "status"))
+
+
+def test_shutdown_never_raises(arm: Arm) -> None:
+    runner = arm(autostart=True)
+    _break_file(runner)
+    runner.execute(("7-0000000a", 2, 2))
+    shutdown(SimpleNamespace(model_runner=runner))
+    shutdown(SimpleNamespace(model_runner=runner))
+
+
+def test_a_process_that_just_ends_closes_its_recording(
+    arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine in the user's own process is never told to shut its worker down."""
+    at_exit: list[Callable[[], None]] = []
+    exits = SimpleNamespace(register=at_exit.append, unregister=at_exit.remove)
+    monkeypatch.setattr(module, "atexit", exits)
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+    (at_end,) = at_exit
+    at_end()
+    assert read_lines(log)[-1]["reason"] == "shutdown"
+    assert at_exit == []
+
+
+# ---- ranks ---------------------------------------------------------------------------------
+
+
+def test_other_tensor_parallel_ranks_tap_and_write_nothing(
+    arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "get_tp_group", _group(rank=1, size=2))
+    runner = arm()
+    assert _do(runner, "start")["ok"]
+    runner.execute(("7-0000000a", 2, 2))
+    assert _do(runner, "status")["writes"] is False
+    assert _do(runner, "stop")["ok"]
+    assert not log.exists()
+    assert all(layer.moe_route_tap is None for layer in runner.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("selection", "stage", "file", "names", "logged"),
+    [
+        ("all", 0, "x.jsonl", ["x.jsonl", "x.pp1.jsonl"], [0, 1]),
+        ("all", 1, "x.pp1.jsonl", ["x.jsonl", "x.pp1.jsonl"], [2, 3]),
+        ("3", 1, "x.jsonl", ["x.jsonl"], [3]),
+    ],
+)
+def test_every_pipeline_stage_writes_its_own_layers_to_its_own_file(
+    arm: Arm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    selection: str,
+    stage: int,
+    file: str,
+    names: list[str],
+    logged: list[int],
+) -> None:
+    parts = [(0, 1), (2, 3)]
+
+    def gather(stages: list[Any], own: Any, group: Any) -> None:
+        for i, part in enumerate(parts):
+            others = FakeRunner(part).layers.items()
+            stages[i] = own if i == stage else module.layers.describe(others)
+
+    monkeypatch.setattr(module, "get_pp_group", _group(rank=stage, size=2))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    runner = arm(FakeRunner(parts[stage]), layers=selection)
+    _do(runner, "start")
+    assert os.listdir(tmp_path) == [file]  # noqa: PTH208
+    header = read_lines(tmp_path / file)[0]
+    assert header["files"] == names
+    assert header["layers_logged"] == logged
+    assert header["num_moe_layers"] == 4
+
+
+def test_a_stage_without_a_chosen_layer_writes_nothing(
+    arm: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(stages: list[Any], own: Any, group: Any) -> None:
+        stages[:] = [own, module.layers.describe(FakeRunner((2, 3)).layers.items())]
+
+    monkeypatch.setattr(module, "get_pp_group", _group(rank=0, size=2))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    runner = arm(FakeRunner((0, 1)), layers="3")
+    assert _do(runner, "start")["ok"]
+    runner.execute(("7-0000000a", 2, 2))
+    assert _do(runner, "stop")["ok"]
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+# ---- refusals ------------------------------------------------------------------------------
+
+
+def test_a_dense_model_is_refused(arm: Arm) -> None:
+    with pytest.raises(RouteLogError, match="tiny has no MoE layer; unset VLLM_LOG_MOE"):
+        arm(FakeRunner(()))
+
+
+def test_an_unknown_layer_is_refused_when_the_engine_starts(arm: Arm, log: Path) -> None:
+    with pytest.raises(RouteLogError, match="its MoE layers are 1,3,4"):
+        arm(layers="0", autostart=True)
+    assert not log.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("parallel_config", {"prefill_context_parallel_size": 2}),
+        ("parallel_config", {"data_parallel_size": 2}),
+        ("parallel_config", {"enable_dbo": True}),
+        ("parallel_config", {"use_ubatching": True}),
+        ("parallel_config", {"enable_eplb": True}),
+        ("", {"speculative_config": object()}),
+        ("", {"lora_config": object()}),
+    ],
+)
+def test_what_would_be_recorded_wrongly_is_refused_with_the_remedy(
+    arm: Arm, log: Path, part: str, changes: dict[str, Any]
+) -> None:
+    runner = FakeRunner()
+    vars(getattr(runner.vllm_config, part) if part else runner.vllm_config).update(changes)
+    with pytest.raises(RouteLogError, match=r"not supported with .*; .* or unset VLLM_LOG_MOE"):
+        arm(runner, autostart=True)
+    assert not log.exists()
+    assert all(layer.moe_route_tap is None for layer in runner.layers.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_method": SimpleNamespace(is_monolithic=True)},
+        {"is_sequence_parallel": True},
+    ],
+)
+def test_one_layer_that_hides_its_routing_is_enough_to_refuse(
+    arm: Arm, changes: dict[str, Any]
+) -> None:
+    runner = FakeRunner()
+    vars(list(runner.layers.values())[-1]).update(changes)
+    with pytest.raises(RouteLogError, match="not supported with"):
+        arm(runner)
+
+
+def test_the_other_model_runner_is_refused(arm: Arm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(RouteLogError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+        arm()
+
+
+def test_an_unknown_device_is_refused(arm: Arm) -> None:
+    runner = FakeRunner()
+    runner.device = torch.device("meta")
+    with pytest.raises(RouteLogError, match="device 'meta'; use one of cpu, cuda"):
+        arm(runner)
