@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
 from expert_profiler import engine, models, patching, timing
 from expert_profiler.errors import UserError, run
 from expert_profiler.prompts import PromptSet, load_prompts, write_prompts

@@ -20,6 +20,14 @@ def run(main: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
+    except ModuleNotFoundError as error:
+        # The scripts run in the environment that ./test.sh makes, and are easily run in another.
+        print(
+            f"error: package {error.name} is not installed for {sys.executable}; "
+            "run with .venv/bin/python, which ./test.sh makes",
+            file=sys.stderr,
+        )
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

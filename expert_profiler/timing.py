@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 BOOTSTRAP_DRAWS = 10_000
 
 
@@ -36,6 +34,8 @@ def summarise(repeats: Sequence[Repeat]) -> dict[str, Any]:
     The three figures at the top are those of the repeat with the (lower) median wall time, so they
     belong together; ``median_wall_time_sec`` is the usual median.
     """
+    import numpy as np
+
     order = sorted(repeats)
     times = np.array([item.wall_time_sec for item in order])
     low, high = np.percentile(times, [25, 75])
@@ -62,6 +62,8 @@ def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat], seed: int = 0) -> 
         log: its partner, same length.
         seed: of the resampling.
     """
+    import numpy as np
+
     ratios = np.array([b.wall_time_sec / a.wall_time_sec for a, b in zip(no_log, log, strict=True)])
     draws = np.random.default_rng(seed).choice(ratios, size=(BOOTSTRAP_DRAWS, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
