@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler import patching
+from tests.engine import oracle
 
 DRIVER = Path(__file__).with_name("driver.py")
-#: Probabilities of the last expert taken and the first one left out closer than this are a tie.
-NEAR_TIE = 1e-5
-WEIGHT_TOLERANCE = 1e-4
+WEIGHT_TOLERANCE = oracle.WEIGHT_TOLERANCE
 
 
 class Engines:
@@ -144,54 +143,8 @@ def read(path: Path) -> Log:
     )
 
 
-@dataclass
-class Agreement:
-    """How a log compares with the oracle.
-
-    Attributes:
-        compared: rows.
-        different: (req_id, token_idx, layer, logged ids, oracle ids) with other ids.
-        near_ties: those of them whose choice hangs on less than ``NEAR_TIE``.
-        worst_weight: largest difference of a weight in rows with equal ids.
-    """
-
-    compared: int
-    different: list[tuple[Any, ...]]
-    near_ties: list[tuple[Any, ...]]
-    worst_weight: float
-
-
-def compare_with_oracle(log: Log, outputs: Sequence[Mapping[str, Any]], model: str) -> Agreement:
+def compare_with_oracle(
+    log: Log, outputs: Sequence[Mapping[str, Any]], model: str
+) -> oracle.Agreement:
     """Compare every logged row with a float32 Hugging Face forward pass over prompt + output."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    top_k, renormalize = log.meta["top_k"], log.meta["layers"][0]["renormalize"]
-    result = Agreement(0, [], [], 0.0)
-    for output in outputs:
-        tokens = torch.tensor([output["prompt_token_ids"] + output["token_ids"]])
-        with torch.inference_mode():
-            logits = oracle(tokens, output_router_logits=True).router_logits
-        for layer in log.meta["layers_logged"]:
-            probabilities = torch.softmax(logits[layer].float(), dim=-1)
-            weights, ids = torch.topk(probabilities, top_k + 1, dim=-1)
-            gaps = (weights[:, top_k - 1] - weights[:, top_k]).tolist()
-            kept = weights[:, :top_k]
-            if renormalize:
-                kept = kept / kept.sum(dim=-1, keepdim=True)
-            rows = zip(ids[:, :top_k].tolist(), kept.tolist(), gaps, strict=True)
-            for position, (want_ids, want_weights, gap) in enumerate(rows):
-                row = log.routes.get((output["req_id"], position, layer))
-                if row is None:
-                    continue
-                result.compared += 1
-                if sorted(row["topk_ids"]) != sorted(want_ids):
-                    entry = (output["req_id"], position, layer, row["topk_ids"], want_ids, gap)
-                    (result.near_ties if gap < NEAR_TIE else result.different).append(entry)
-                    continue
-                want = dict(zip(want_ids, want_weights, strict=True))
-                pairs = zip(row["topk_ids"], row["topk_weights"], strict=True)
-                worst = max(abs(weight - want[expert]) for expert, weight in pairs)
-                result.worst_weight = max(result.worst_weight, worst)
-    return result
+    return oracle.compare(log, outputs, oracle.load(model))

@@ -45,14 +45,31 @@ class Agreement:
         different: (req_id, token_idx, layer, logged ids, oracle ids, gap) with other ids.
         near_ties: those of them whose choice hangs on less than the gap that counts as a tie.
         worst_weight: largest difference of a weight in rows with equal ids.
-        layers: the layers that have a router.
     """
 
     compared: int = 0
     different: list[tuple[Any, ...]] = field(default_factory=list)
     near_ties: list[tuple[Any, ...]] = field(default_factory=list)
     worst_weight: float = 0.0
-    layers: list[int] = field(default_factory=list)
+
+    def add(
+        self,
+        place: tuple[Any, ...],
+        row: Mapping[str, Any],
+        want: tuple[list[int], list[float], float],
+        near_tie: float,
+    ) -> None:
+        """Compare one logged row with the ids, weights and gap that it should have."""
+        self.compared += 1
+        want_ids, want_weights, gap = want
+        if sorted(row["topk_ids"]) != sorted(want_ids):
+            entry = (*place, row["topk_ids"], want_ids, gap)
+            (self.near_ties if gap < near_tie else self.different).append(entry)
+            return
+        weight_of = dict(zip(want_ids, want_weights, strict=True))
+        pairs = zip(row["topk_ids"], row["topk_weights"], strict=True)
+        worst = max(abs(weight - weight_of[expert]) for expert, weight in pairs)
+        self.worst_weight = max(self.worst_weight, worst)
 
 
 # ---- the routers' formulas ---------------------------------------------------------------------
@@ -97,9 +114,7 @@ def grouped(logits: Any, config: Any, bias: Any) -> Choice:
     groups = top(group_scores, group_scores, config.topk_group)
     taken = torch.zeros_like(group_scores).scatter_(1, groups.ids, 1).bool()
     allowed = taken.unsqueeze(-1).expand_as(per_group).reshape(biased.shape)
-    choice = top(
-        biased.masked_fill(~allowed, float("-inf")), scores, config.num_experts_per_tok
-    )
+    choice = top(biased.masked_fill(~allowed, float("-inf")), scores, config.num_experts_per_tok)
     choice = choice._replace(gaps=torch.minimum(choice.gaps, groups.gaps))
     # transformers' DeepSeek-V2 never normalises, whatever its config says.
     return normalized(choice) if bias is not None and config.norm_topk_prob else choice
@@ -159,12 +174,13 @@ def routers(oracle: Any) -> dict[int, Any]:
     return {int(match[1]): module for match, module in found if match}
 
 
-def bias_of(oracle: Any, layer: int, router: Any) -> Any:
-    """The correction bias [experts] that takes part in a layer's choice, or None."""
+def choose(oracle: Any, layer: int, logits: Any) -> Choice:
+    """What a layer's router makes of its logits [n, experts] float32."""
     block = getattr(oracle.model.layers[layer], "mlp", None)
-    owner = getattr(block, "moe_statics", router)  # Ernie keeps it beside the router
+    owner = getattr(block, "moe_statics", routers(oracle)[layer])  # Ernie's is beside the router
     bias = getattr(owner, "e_score_correction_bias", None)
-    return None if bias is None else bias.reshape(-1)
+    formula = _FORMULAS.get(oracle.config.model_type, softmax_top)
+    return formula(logits, oracle.config, None if bias is None else bias.reshape(-1))
 
 
 def choices(oracle: Any, tokens: Sequence[int]) -> dict[int, Choice]:
@@ -179,8 +195,7 @@ def choices(oracle: Any, tokens: Sequence[int]) -> dict[int, Choice]:
             inner = getattr(module, "layer", module)  # Granite's gate wraps its Linear
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             logits = linear(x, inner.weight.float(), getattr(inner, "bias", None))
-            formula = _FORMULAS.get(oracle.config.model_type, softmax_top)
-            results[layer] = formula(logits, oracle.config, bias_of(oracle, layer, module))
+            results[layer] = choose(oracle, layer, logits)
             _agrees_with_its_own_module(results[layer], output, oracle.config)
 
         return hook
@@ -226,22 +241,23 @@ def compare(
         oracle: a model from :func:`load`.
         near_tie: gap under which another choice is a tie.
     """
-    result = Agreement(layers=sorted(routers(oracle)))
+    result = Agreement()
     for output in outputs:
+        req_id = output["req_id"]
         made = choices(oracle, output["prompt_token_ids"] + output["token_ids"])
         for layer, choice in made.items():
             rows = zip(*(part.tolist() for part in choice), strict=True)
-            for position, (want_ids, want_weights, gap) in enumerate(rows):
-                row = log.routes.get((output["req_id"], position, layer))
-                if row is None:
-                    continue
-                result.compared += 1
-                if sorted(row["topk_ids"]) != sorted(want_ids):
-                    entry = (output["req_id"], position, layer, row["topk_ids"], want_ids, gap)
-                    (result.near_ties if gap < near_tie else result.different).append(entry)
-                    continue
-                want = dict(zip(want_ids, want_weights, strict=True))
-                pairs = zip(row["topk_ids"], row["topk_weights"], strict=True)
-                worst = max(abs(weight - want[expert]) for expert, weight in pairs)
-                result.worst_weight = max(result.worst_weight, worst)
+            for position, want in enumerate(rows):
+                row = log.routes.get((req_id, position, layer))
+                if row is not None:
+                    result.add((req_id, position, layer), row, want, near_tie)
+    return result
+
+
+def compare_rows(rows: Sequence[Mapping[str, Any]], choice: Choice) -> Agreement:
+    """Compare one layer's logged rows with a choice made from the engine's own logits."""
+    result = Agreement()
+    wanted = zip(*(part.tolist() for part in choice), strict=True)
+    for row, want in zip(rows, wanted, strict=True):
+        result.add((row["req_id"], row["token_idx"], row["layer"]), row, want, NEAR_TIE)
     return result
