@@ -209,6 +209,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         module="model.layers.{}.block_sparse_moe.experts",
         renormalize=False,
         top_k=2,
+        scoring_func="custom",
         # transformers spells it Phimoe
         engine={"hf_overrides": {"architectures": ["PhiMoEForCausalLM"]}},
     ),

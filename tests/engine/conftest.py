@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from expert_profiler import patching
-from tests.engine.harness import Engines
+from tests.engine.harness import TABLE, Engines
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +27,28 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny-moe"
     build(folder, TinyMoeSpec())
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the modes were held against, whatever else is shown."""
+    if not TABLE:
+        return
+    terminalreporter.section("engine modes")
+    line = "{:<20}  {:>13}  {:>11}  {:>15}  {:>9}  {:>14}"
+    head = ("mode", "rows expected", "rows logged", "oracle agrees", "near-ties", "weights within")
+    terminalreporter.write_line(line.format(*head))
+    for mode, expected, logged, found in TABLE:
+        agrees = found.compared - len(found.different) - len(found.near_ties)
+        terminalreporter.write_line(
+            line.format(
+                mode,
+                expected,
+                logged,
+                f"{agrees}/{found.compared}",
+                len(found.near_ties),
+                f"{found.worst_weight:.1e}",
+            )
+        )
 
 
 @pytest.fixture(scope="session")

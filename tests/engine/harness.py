@@ -16,6 +16,9 @@ from typing import Any
 from expert_profiler import patching
 from tests.engine import oracle
 
+#: What the tests found: (mode, rows expected, rows logged, agreement with the oracle).
+TABLE: list[tuple[str, int, int, oracle.Agreement]] = []
+
 DRIVER = Path(__file__).with_name("driver.py")
 WEIGHT_TOLERANCE = oracle.WEIGHT_TOLERANCE
 

@@ -114,6 +114,7 @@ def test_routes_equal_a_hugging_face_forward_pass(
     log = recorded["first"]
     outputs = outputs_of(recorded["results"], 0)
     agreement = harness.compare_with_oracle(log, outputs, settings["model"])
+    harness.TABLE.append(("main job", log.rows, agreement.compared, agreement))
     print(
         f"oracle: {agreement.compared} rows, {len(agreement.different)} differ, near-ties "
         f"{agreement.near_ties}, worst weight difference {agreement.worst_weight:.2e}"

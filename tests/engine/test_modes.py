@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,8 @@ class Runs:
             async_scheduling=ahead,
         )
 
-    def check(self, outputs: list[dict[str, Any]], cached: int = 0) -> harness.Log:
-        """Row identity, self-check and oracle; returns the log."""
+    def check(self, mode: str, outputs: list[dict[str, Any]], cached: int = 0) -> harness.Log:
+        """Row identity, self-check and oracle; returns the log and adds a line to the table."""
         log = harness.read(self.path)
         assert log.end["self_check"]["verdict"] == "pass"
         assert set(log.end["drops"].values()) == {0}
@@ -69,11 +71,8 @@ class Runs:
         per_layer = Counter(layer for _, _, layer in log.routes)
         assert per_layer == dict.fromkeys(log.meta["layers_logged"], expected - cached)
         agreement = harness.compare_with_oracle(log, outputs, self.settings["model"])
-        print(
-            f"rows expected {expected - cached} a layer, logged {per_layer[0]}; oracle "
-            f"{agreement.compared} compared, {len(agreement.different)} differ, "
-            f"{len(agreement.near_ties)} near-ties"
-        )
+        expected_rows = (expected - cached) * len(log.meta["layers_logged"])
+        harness.TABLE.append((mode, expected_rows, len(log.routes), agreement))
         assert agreement.different == []
         return log
 
@@ -90,7 +89,7 @@ def whole_prompts(
     """Ids by (request, position, layer) when every prompt is prefilled in one pass."""
     runs = Runs(engines, settings, tmp_path_factory.mktemp("whole"))
     outputs = runs.run([{"generate": PROMPTS, "sampling": GREEDY}])[0]["outputs"]
-    return ids_of(runs.check(outputs))
+    return ids_of(runs.check("unchunked prefill", outputs))
 
 
 def ids_of(log: harness.Log) -> dict[tuple[str, int, int], list[int]]:
@@ -103,7 +102,7 @@ def test_chunked_prefill_equals_unchunked(
     outputs = runs.run(
         [{"generate": PROMPTS, "sampling": GREEDY}], max_num_batched_tokens=32, max_num_seqs=16
     )[0]["outputs"]
-    log = runs.check(outputs)
+    log = runs.check("chunked prefill", outputs)
     longest = max(len(output["prompt_token_ids"]) for output in outputs)
     assert longest > 4 * 32, "prompts are really cut"
     assert log.end["passes"] > longest // 32
@@ -114,7 +113,7 @@ def test_one_request_at_a_time_equals_a_batch(
     runs: Runs, whole_prompts: dict[tuple[str, int, int], list[int]]
 ) -> None:
     outputs = runs.run([{"generate": PROMPTS, "sampling": GREEDY}], max_num_seqs=1)[0]["outputs"]
-    assert ids_of(runs.check(outputs)) == whole_prompts
+    assert ids_of(runs.check("batch of one", outputs)) == whole_prompts
 
 
 def test_cached_positions_are_reported_and_never_invented(runs: Runs) -> None:
@@ -123,7 +122,7 @@ def test_cached_positions_are_reported_and_never_invented(runs: Runs) -> None:
     outputs = results[0]["outputs"] + results[1]["outputs"]
     said = {output["req_id"]: output["cached_tokens"] for output in outputs}
     assert sum(said.values()) > 0, "vLLM itself saw cache hits"
-    log = runs.check(outputs, cached=sum(said.values()))
+    log = runs.check("prefix caching", outputs, cached=sum(said.values()))
     assert {req_id: item["cached_tokens"] for req_id, item in log.requests.items()} == said
     assert log.end["cached_tokens"] == sum(said.values())
     for output in outputs:
@@ -138,7 +137,7 @@ def test_preempted_requests_are_complete_and_their_replayed_rows_marked(runs: Ru
     outputs = runs.run(
         [{"generate": PROMPTS, "sampling": long}], num_gpu_blocks_override=30, block_size=32
     )[0]["outputs"]
-    log = runs.check(outputs)
+    log = runs.check("preemption", outputs)
     flags = Counter(row["flag"] for row in log.flagged)
     assert set(flags) == {"recomputed"}, "the cache was too small, so something was preempted"
     for row in log.flagged:  # each replays a row that stands unflagged, with the same experts
@@ -165,7 +164,7 @@ def test_the_row_that_runs_ahead_of_a_stop_is_marked_overrun(runs: Runs) -> None
     outputs = runs.run([{"generate": PROMPTS, "sampling": sampling}], async_scheduling=True)[0][
         "outputs"
     ]
-    log = runs.check(outputs)
+    log = runs.check("async scheduling", outputs)
     assert log.meta["async_scheduling"] is True
     stopped = {
         (output["req_id"], len(output["prompt_token_ids"]) + len(output["token_ids"]) - 1)
@@ -224,6 +223,7 @@ def test_bfloat16_differs_from_the_oracle_only_where_it_is_close(runs: Runs) -> 
     assert log.end["self_check"]["verdict"] == "pass"
     agreement = harness.compare_with_oracle(log, outputs, runs.settings["model"])
     gaps = [entry[-1] for entry in agreement.different]
+    harness.TABLE.append(("bfloat16", log.rows, agreement.compared, agreement))
     print(f"bfloat16: {len(gaps)} of {agreement.compared} rows differ, largest gap {max(gaps)}")
     assert len(gaps) < agreement.compared * 0.10
     assert max(gaps) < 0.05, "probabilities of the experts that swapped places"
@@ -256,7 +256,7 @@ def test_tensor_parallel_ranks_count_once(
         env=TWO_PROCESSES,
         tensor_parallel_size=2,
     )
-    log = runs.check(outputs[0]["outputs"])
+    log = runs.check("tensor parallel 2", outputs[0]["outputs"])
     assert [reply["writes"] for reply in outputs[1]] == [True, False]
     assert log.meta["parallel"]["tp"] == 2
     assert [path.name for path in runs.folder.glob("*.jsonl")] == ["x.jsonl"]
@@ -283,3 +283,42 @@ def test_pipeline_stages_write_their_own_layers_and_the_reader_merges_them(
         assert log.requests == len(PROMPTS)
         assert not log.lost_rows
     assert len(results[0]["outputs"]) == len(PROMPTS)
+
+
+def test_data_parallel_ranks_record_their_own_tokens(
+    engines: harness.Engines, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Before the experts the tokens of all ranks stand in one batch; each rank logs its own."""
+    other_engines = harness.Engines()
+    prompts = [PROMPTS[:2], PROMPTS[2:]]  # idle ranks run dummy batches, which must not be logged
+
+    def rank(number: int) -> list[dict[str, Any]]:
+        sampling = {**GREEDY, "max_tokens": 6 + 6 * number}
+        outputs = [engines, other_engines][number].run(
+            tmp_path / f"rank{number}",
+            settings,
+            [{"generate": prompts[number], "sampling": sampling}, {"rpc": "stop"}],
+            env={
+                **TWO_PROCESSES,
+                "VLLM_LOG_MOE": str(tmp_path / "x.jsonl"),
+                "VLLM_DP_RANK": str(number),
+                "VLLM_DP_RANK_LOCAL": str(number),
+                "VLLM_DP_SIZE": "2",
+                "VLLM_DP_MASTER_IP": "127.0.0.1",
+                "VLLM_DP_MASTER_PORT": str(port),
+            },
+        )[0]["outputs"]
+        return list(outputs)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(rank, range(2)))
+    other_engines.close()
+    for number, name in enumerate(("x.jsonl", "x.dp1.jsonl")):
+        runs = Runs(engines, settings, tmp_path)
+        runs.path = tmp_path / name
+        log = runs.check(f"data parallel, rank {number}", outputs[number])
+        assert log.meta["rank"]["dp"] == number
+        assert log.meta["files"] == ["x.jsonl", "x.dp1.jsonl"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,15 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
 from vllm.moe_routes import capture
 from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.formats import jsonl
+from vllm.moe_routes.hooks import LogicalIds, Tap, _log_moe_routes, _note_logical_ids
+from vllm.moe_routes.mapping import Layout
+from vllm.moe_routes.selfcheck import SelfCheck
 
-from tests.recorder.build import DEVICE, QUICK, a_layer
+from tests.recorder.build import DEVICE, QUICK, a_layer, a_table
 
 ROWS = 16
 
@@ -83,6 +89,22 @@ def test_a_layer_with_a_smaller_top_k_leaves_the_other_columns_marked() -> None:
     buffer = _buffer(top_k=4)
     _write(buffer, *_choices(1, 2), slot=1)
     assert (buffer.ids[0, 1] == buffer.not_an_id).tolist() == [False, False, True, True]
+
+
+def test_a_shared_expert_in_a_narrow_layers_spare_column_reaches_neither_file_nor_check() -> None:
+    """The buffer is as wide as the widest layer, so a fused shared expert may land behind."""
+    layers = [a_layer(0, top_k=4), a_layer(1, top_k=2)]
+    buffer = capture.allocate(layers, 1, DEVICE)
+    _write(buffer, *_choices(1, 4), slot=0)
+    shared = torch.tensor([[1, 6, 8]], device=DEVICE)  # 8 is no expert: there are 0 to 7
+    _write(buffer, shared, torch.tensor([[0.75, 0.25, 1.0]], device=DEVICE), slot=1)
+    ids, weights = buffer.ids.cpu().numpy(), buffer.weights.cpu().numpy()
+    check = SelfCheck(layers, buffer.not_an_id)
+    good = check.step(ids, weights)
+    assert good.all()
+    assert check.verdict()["verdict"] == "pass"
+    lines = jsonl.encode_routes(layers, 0, a_table(1), ids, weights, good).splitlines()
+    assert b'"layer":1,"topk_ids":[1,6],"topk_weights":[0.75,0.25]' in lines[1]
 
 
 def test_chunks_of_a_pass_stand_one_behind_the_other() -> None:
@@ -293,6 +315,28 @@ def test_the_op_allocates_nothing() -> None:
     given_memory = {item.untyped_storage().data_ptr() for item in (*buffer[:2], ids, weights)}
     for _, _, _, result in _kernels(buffer, ids, weights).calls:
         assert result.untyped_storage().data_ptr() in given_memory
+
+
+@pytest.mark.parametrize("layout", [None, Layout(1)], ids=["alone", "data-parallel"])
+@pytest.mark.parametrize("eplb", [False, True])
+def test_the_armed_hook_is_the_two_copies_and_views_of_what_is_there(
+    layout: Layout | None, eplb: bool
+) -> None:
+    buffer, (ids, weights) = _buffer(), _choices(9)
+    logical_ids = LogicalIds() if eplb else None
+    router = SimpleNamespace(enable_eplb=eplb, moe_logical_ids=logical_ids)
+    tap = Tap(buffer.ids, buffer.weights, 1, layout, logical_ids)
+    across = torch.tensor([4, 5])
+    context = ForwardContext({}, {}, {}, 0, DPMetadata(across.max(), across))
+    with override_forward_context(context), _Recorder() as graph:
+        _note_logical_ids(router, ids)
+        _log_moe_routes(SimpleNamespace(moe_route_tap=tap), ids, weights)
+    work = [func for func, _, _, _ in graph.calls if not func.is_view]
+    assert work == [torch.ops.aten.copy_.default] * 2
+    given_memory = {item.untyped_storage().data_ptr() for item in (*buffer[:2], ids, weights)}
+    for _, _, _, result in graph.calls:
+        assert result.untyped_storage().data_ptr() in given_memory
+    assert torch.equal(buffer.ids[: 5 if layout else 9, 1].int(), ids[4 if layout else 0 :])
 
 
 def test_the_buffer_stays_where_it_is() -> None:

@@ -14,7 +14,13 @@ from tests.recorder.build import QUICK, a_layer
 
 
 def _module(**changes: object) -> SimpleNamespace:
-    facts = {"top_k": 4, "logical_num_experts": 60, "renormalize": False, "scoring_func": "softmax"}
+    facts = {
+        "top_k": 4,
+        "logical_num_experts": 60,
+        "renormalize": False,
+        "scoring_func": "softmax",
+        "custom_routing_function": None,
+    }
     return SimpleNamespace(**{**facts, **changes})
 
 
@@ -47,6 +53,11 @@ def test_a_name_without_one_clear_number_is_refused(name: str) -> None:
 def test_a_name_with_two_neighbouring_numbers_is_refused(name: str) -> None:
     with pytest.raises(RouteLogError, match="2 numbers"):
         layer_index(name)
+
+
+def test_a_model_with_its_own_routing_function_is_not_called_softmax() -> None:
+    named = [("model.layers.0.mlp.experts", _module(custom_routing_function=min))]
+    assert describe(named)[0].scoring_func == "custom"
 
 
 def test_layers_are_listed_by_index_with_what_the_module_says() -> None:

@@ -6,22 +6,26 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
 from vllm.moe_routes import provenance
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.hooks import _log_moe_routes, _write_moe_log_header
+from vllm.moe_routes.hooks import _log_moe_routes, _note_logical_ids
 from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
 from vllm.sampling_params import SamplingParams
 
 from tests.recorder.build import DEVICE, clean_routes, read_lines
+from tests.recorder.stand_ins import a_config, a_moe
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -30,55 +34,12 @@ TOP_K = 2
 EOS = 9
 
 
-def _moe(**changes: Any) -> SimpleNamespace:
-    layer = SimpleNamespace(
-        top_k=TOP_K,
-        logical_num_experts=8,
-        renormalize=False,
-        scoring_func="softmax",
-        is_sequence_parallel=False,
-        quant_method=SimpleNamespace(is_monolithic=False),
-    )
-    vars(layer).update(changes)
-    _write_moe_log_header(layer)
-    return layer
-
-
-def _vllm_config(layers: dict[str, SimpleNamespace]) -> SimpleNamespace:
-    """What the recorder reads of a ``VllmConfig``."""
-    return SimpleNamespace(
-        compilation_config=SimpleNamespace(
-            static_forward_context=layers,
-            static_all_moe_layers=list(layers),
-            cudagraph_mode=None,
-            mode=None,
-        ),
-        model_config=SimpleNamespace(model="tiny", seed=1, dtype=torch.float32, quantization=None),
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
-            pipeline_parallel_size=1,
-            data_parallel_size=1,
-            prefill_context_parallel_size=1,
-            enable_expert_parallel=False,
-            enable_dbo=False,
-            use_ubatching=False,
-            enable_eplb=False,
-        ),
-        scheduler_config=SimpleNamespace(
-            max_num_batched_tokens=32, enable_chunked_prefill=True, async_scheduling=False
-        ),
-        cache_config=SimpleNamespace(enable_prefix_caching=False),
-        speculative_config=None,
-        lora_config=None,
-    )
-
-
 class FakeRunner:
     """Passes over made-up requests, as ``GPUModelRunner.execute_model`` goes through them."""
 
     def __init__(self, indices: tuple[int, ...] = INDICES, runs_ahead: bool = False) -> None:
-        self.layers = {f"model.layers.{i}.mlp.experts": _moe() for i in indices}
-        self.vllm_config = _vllm_config(self.layers)
+        self.layers = {f"model.layers.{i}.mlp.experts": a_moe() for i in indices}
+        self.vllm_config = a_config(self.layers)
         self.device = DEVICE
         self.use_async_scheduling = runs_ahead
         self.input_ids = SimpleNamespace(gpu=torch.zeros(32, dtype=torch.int32, device=DEVICE))
@@ -99,6 +60,9 @@ class FakeRunner:
         routes = clean_routes(items, n, seed=self.passes)  # type: ignore[arg-type]
         for slot, layer in enumerate(self.layers.values()):
             ids = torch.from_numpy(routes.topk_ids[:, slot].astype(np.int32)).to(DEVICE)
+            _note_logical_ids(layer.router, ids)
+            if layer.router.enable_eplb:
+                ids = ids + 8  # as physical ids are
             weights = torch.from_numpy(routes.topk_weights[:, slot].copy()).to(DEVICE)
             _log_moe_routes(layer, ids, weights)
         chosen: list[list[int]] = routes.topk_ids[:, 0].tolist()
@@ -122,6 +86,7 @@ class FakeRunner:
         if self.moe_routes is not None:
             self.moe_routes.begin_step(
                 SimpleNamespace(
+                    total_num_scheduled_tokens=sum(n for _, n, _ in rows),
                     finished_req_ids=set(finished),
                     scheduled_new_reqs=[
                         SimpleNamespace(req_id=raw_id, sampling_params=params) for raw_id in new
@@ -312,7 +277,7 @@ def test_the_header_starts_with_the_documented_keys(arm: Arm, log: Path) -> None
     assert header["schema_version"] == 1
     assert header["files"] == ["x.jsonl"]
     assert header["execution"] == "eager"
-    assert header["rank"] == {"pp": 0, "tp": 0}
+    assert header["rank"] == {"dp": 0, "pp": 0, "tp": 0}
     assert header["patch_id"] == "0123abcd"
     assert [item["layer"] for item in header["layers"]] == list(INDICES)
 
@@ -584,6 +549,113 @@ def test_a_stage_without_a_chosen_layer_writes_nothing(
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+def _dp_runner(rank: int, size: int = 2, parts: tuple[int, ...] = INDICES) -> FakeRunner:
+    runner = FakeRunner(parts)
+    vars(runner.vllm_config.parallel_config).update(
+        data_parallel_rank=rank, data_parallel_size=size
+    )
+    return runner
+
+
+@contextmanager
+def _ranks_have(*tokens: int) -> Iterator[None]:
+    """The forward context of a pass in which every data-parallel rank has so many tokens."""
+    across = torch.tensor(tokens)
+    context = ForwardContext({}, {}, {}, 0, DPMetadata(across.max(), across))
+    with override_forward_context(context):
+        yield
+
+
+def _execute_among(runner: FakeRunner, before: int, own: int, after: int) -> list[list[int]]:
+    """A pass whose experts are given the rows of all ranks; return those of this one."""
+    alone, chosen = runner.forward, []
+
+    def forward(n: int) -> list[list[int]]:
+        chosen.extend(alone(before + n + after)[before : before + n])
+        return chosen
+
+    with _ranks_have(before, own, after), mock.patch.object(runner, "forward", forward):
+        runner.execute(("7-0000000a", own, own))
+    return chosen
+
+
+def test_a_data_parallel_rank_records_its_own_rows_out_of_all_ranks(
+    arm: Arm, tmp_path: Path
+) -> None:
+    runner = arm(_dp_runner(rank=1, size=3), autostart=True)
+    chosen = _execute_among(runner, 4, 3, 5)
+    _do(runner, "stop")
+    lines = read_lines(tmp_path / "x.dp1.jsonl")
+    assert [row["topk_ids"] for row in _routes(tmp_path / "x.dp1.jsonl")] == chosen
+    assert lines[-1]["self_check"]["verdict"] == "pass"
+
+
+def test_an_idle_data_parallel_rank_leaves_a_header_and_an_end(arm: Arm, tmp_path: Path) -> None:
+    runner = arm(_dp_runner(rank=1), autostart=True)
+    with _ranks_have(5, 1):
+        runner.forward(6)  # its dummy batch, so that the other rank's experts are served
+    _do(runner, "stop")
+    header, end = read_lines(tmp_path / "x.dp1.jsonl")
+    assert (header["type"], header["rank"]["dp"]) == ("meta", 1)
+    assert (end["type"], end["rows"], end["self_check"]["verdict"]) == ("end", 0, "pass")
+
+
+@pytest.mark.parametrize(
+    ("dp", "stage", "file"),
+    [(0, 0, "x.jsonl"), (0, 1, "x.pp1.jsonl"), (1, 0, "x.dp1.jsonl"), (1, 1, "x.dp1.pp1.jsonl")],
+)
+def test_every_data_parallel_rank_and_stage_has_its_own_file_and_names_all_of_them(
+    arm: Arm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dp: int, stage: int, file: str
+) -> None:
+    parts = [(0, 1), (2, 3)]
+
+    def gather(stages: list[Any], own: Any, group: Any) -> None:
+        for i, part in enumerate(parts):
+            others = FakeRunner(part).layers.items()
+            stages[i] = own if i == stage else module.layers.describe(others)
+
+    monkeypatch.setattr(module, "get_pp_group", _group(rank=stage, size=2))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    runner = arm(_dp_runner(dp, parts=parts[stage]))
+    _do(runner, "start")
+    assert os.listdir(tmp_path) == [file]  # noqa: PTH208
+    header = read_lines(tmp_path / file)[0]
+    assert header["files"] == ["x.jsonl", "x.pp1.jsonl", "x.dp1.jsonl", "x.dp1.pp1.jsonl"]
+    assert header["rank"] == {"dp": dp, "pp": stage, "tp": 0}
+
+
+def test_alone_a_layer_maps_no_rows_and_asks_for_no_context(arm: Arm) -> None:
+    """Its forward pass is traced on CPU: what the hook reads there would be baked in."""
+    runner = arm()
+    taps = [layer.moe_route_tap for layer in runner.layers.values()]
+    assert [(tap.layout, tap.logical_ids) for tap in taps] == [(None, None)] * 3
+
+
+def test_the_buffer_holds_a_pass_padded_to_the_tensor_parallel_size(arm: Arm) -> None:
+    runner = FakeRunner()
+    runner.vllm_config.scheduler_config.max_num_batched_tokens = 30
+    runner.vllm_config.parallel_config.tensor_parallel_size = 4
+    arm(runner)
+    tap = runner.layers["model.layers.1.mlp.experts"].moe_route_tap
+    assert tap.ids.shape[0] == tap.weights.shape[0] == 32
+
+
+def test_under_eplb_the_log_holds_logical_ids_and_their_number(arm: Arm, log: Path) -> None:
+    runner = FakeRunner()
+    runner.vllm_config.parallel_config.enable_eplb = True
+    for layer in runner.layers.values():
+        layer.router.enable_eplb = True
+        layer.global_num_experts = 16  # with the redundant ones
+    arm(runner)
+    _do(runner, "start")
+    chosen = runner.execute(("7-0000000a", 5, 5))
+    _do(runner, "stop")
+    assert [row["topk_ids"] for row in _routes(log)] == chosen
+    header, *_, end = read_lines(log)
+    assert (header["num_experts"], header["expert_ids"]) == (8, "logical")
+    assert end["self_check"]["verdict"] == "pass"
+
+
 # ---- refusals ------------------------------------------------------------------------------
 
 
@@ -602,10 +674,8 @@ def test_an_unknown_layer_is_refused_when_the_engine_starts(arm: Arm, log: Path)
     ("part", "changes"),
     [
         ("parallel_config", {"prefill_context_parallel_size": 2}),
-        ("parallel_config", {"data_parallel_size": 2}),
         ("parallel_config", {"enable_dbo": True}),
         ("parallel_config", {"use_ubatching": True}),
-        ("parallel_config", {"enable_eplb": True}),
         ("", {"speculative_config": object()}),
         ("", {"lora_config": object()}),
     ],
@@ -648,3 +718,32 @@ def test_an_unknown_device_is_refused(arm: Arm) -> None:
     runner.device = torch.device("meta")
     with pytest.raises(RouteLogError, match="device 'meta'; use one of cpu, cuda"):
         arm(runner)
+
+
+def test_a_pass_that_raised_an_error_fails_the_recording(arm: Arm, log: Path) -> None:
+    """Its rows are nowhere, so a file without them must not look complete."""
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+
+    def broken(_: int) -> list[list[int]]:
+        raise ValueError("in the model")
+
+    runner.forward = broken  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="in the model"):
+        runner.execute(("7-0000000a", 1, 2))
+    _do(runner, "stop")
+    end = read_lines(log)[-1]
+    assert (end["passes"], end["passes_unfinished"]) == (1, 1)
+    assert end["self_check"]["verdict"] == "fail"
+    failed = [check for check in end["self_check"]["checks"] if check["verdict"] == "fail"]
+    assert [check["name"] for check in failed] == ["every pass that began ended"]
+
+
+def test_a_step_that_only_ends_requests_is_no_pass(arm: Arm, log: Path) -> None:
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+    runner.execute(finished=("7-0000000a",))
+    _do(runner, "stop")
+    end = read_lines(log)[-1]
+    assert (end["passes"], end["passes_unfinished"]) == (1, 0)
+    assert end["self_check"]["verdict"] == "pass"

@@ -23,7 +23,7 @@ class MoELayer:
         num_experts: logical experts.
         source: "router" when ids and weights are those that the kernel used.
         renormalize: whether the chosen weights were scaled to sum to one.
-        scoring_func: "softmax" or "sigmoid".
+        scoring_func: "softmax", "sigmoid", or "custom" where the model brings its own function.
     """
 
     layer: int
@@ -70,7 +70,7 @@ def describe(named_modules: Iterable[tuple[str, Any]]) -> list[MoELayer]:
             num_experts=int(module.logical_num_experts),
             source="router",
             renormalize=bool(module.renormalize),
-            scoring_func=str(module.scoring_func),
+            scoring_func="custom" if module.custom_routing_function else module.scoring_func,
         )
         for name, module in named_modules
     ]

@@ -19,6 +19,7 @@ HOOKED_FILES = (
     "vllm/envs.py",
     "vllm/model_executor/layers/fused_moe/cpu_fused_moe.py",
     "vllm/model_executor/layers/fused_moe/layer.py",
+    "vllm/model_executor/layers/fused_moe/router/base_router.py",
     "vllm/v1/worker/cpu_model_runner.py",
     "vllm/v1/worker/gpu/model_runner.py",
     "vllm/v1/worker/gpu_model_runner.py",

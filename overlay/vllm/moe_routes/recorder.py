@@ -15,11 +15,13 @@ from vllm.logger import init_logger
 from vllm.moe_routes import capture, layers, provenance, support
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.hooks import Tap
+from vllm.moe_routes.hooks import LogicalIds, Tap
+from vllm.moe_routes.mapping import Layout
 from vllm.moe_routes.rows import Step, StopRule
 from vllm.moe_routes.session import Session
 from vllm.moe_routes.snapshot import SNAPSHOTTERS
 from vllm.moe_routes.writer import Writer
+from vllm.utils.math_utils import round_up
 
 logger = init_logger(__name__)
 
@@ -86,7 +88,7 @@ class Recorder:
         #: Only tensor-parallel rank 0 writes: the others compute the same choices.
         writes = get_tp_group().rank_in_group == 0
         self._layers = [item for item in chosen if writes and item in stages[stage]]
-        #: Stages that write, in order; the first one owns the main file.
+        #: Stages that write, in order; the first one of data-parallel rank 0 owns the main file.
         self._writers = [i for i, own in enumerate(stages) if any(item in own for item in chosen)]
         self._step_id = 0
         self._finished: list[str] = []
@@ -96,16 +98,28 @@ class Recorder:
         self._session: Session | None = None
         self._writer: Writer | None = None
         self._recording = False
+        self._in_pass = False
         if not self._layers:
             return
         self._header = provenance.header(
             vllm_config, runner.device, self._layers, len(found), self._rank()
         )
-        num_rows = vllm_config.scheduler_config.max_num_batched_tokens
+        # A pass is padded up to a multiple of the tensor-parallel size where it is split by it.
+        num_rows = round_up(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.parallel_config.tensor_parallel_size,
+        )
         self._buffer = capture.allocate(self._layers, num_rows, runner.device)
         self._snapshotter = SNAPSHOTTERS[runner.device.type]()
+        layout = _layout(vllm_config)
         for slot, item in enumerate(self._layers):
-            modules[item.name].moe_route_tap = Tap(self._buffer.ids, self._buffer.weights, slot)
+            module = modules[item.name]
+            logical_ids = LogicalIds() if vllm_config.parallel_config.enable_eplb else None
+            if logical_ids is not None:
+                module.router.moe_logical_ids = logical_ids
+            module.moe_route_tap = Tap(
+                self._buffer.ids, self._buffer.weights, slot, layout, logical_ids
+            )
         logger.info(
             "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
             len(self._layers),
@@ -119,8 +133,11 @@ class Recorder:
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Note what a step starts and ends. Also called for steps without a forward pass."""
-        if not self._recording:
+        if not self._recording or self._session is None:
             return
+        # Still set where the pass before raised an error: what it routed is nowhere.
+        self._session.passes_unfinished += self._in_pass
+        self._in_pass = scheduler_output.total_num_scheduled_tokens > 0
         self._finished.extend(scheduler_output.finished_req_ids)
         self._known.difference_update(scheduler_output.finished_req_ids)
         self._new = {item.req_id for item in scheduler_output.scheduled_new_reqs}
@@ -153,6 +170,7 @@ class Recorder:
         )
         self._finished = []
         self._step_id += 1
+        self._in_pass = False
         self._writer.put(step)
 
     def _stop_rules(self, req_ids: list[str]) -> dict[str, StopRule]:
@@ -194,10 +212,14 @@ class Recorder:
         if self._layers:
             self._buffer.clear()  # warm-up passes have been through it
             main = Path(path).absolute() if path else self._config.path
-            files = {stage: _stage_path(main, stage, self._writers) for stage in self._writers}
-            names = [file.name for file in files.values()]
+            rank = self._rank()
+            names = [
+                _rank_path(main, dp, stage, self._writers).name
+                for dp in range(self._runner.vllm_config.parallel_config.data_parallel_size)
+                for stage in self._writers
+            ]
             session = Session(
-                files[self._rank()["pp"]],
+                _rank_path(main, rank["dp"], rank["pp"], self._writers),
                 {**self._header, "files": names},
                 self._layers,
                 self._buffer.not_an_id,
@@ -217,9 +239,11 @@ class Recorder:
     def stop(self, reason: str = "stop", timeout: float = STOP_SECONDS) -> dict[str, Any]:
         """Stop recording: everything waiting is written, then the end record."""
         if self._layers:
-            if not self._recording or self._writer is None:
+            if not self._recording or self._writer is None or self._session is None:
                 raise RouteLogError("no recording runs; start one first")
             self._recording = False
+            self._session.passes_unfinished += self._in_pass
+            self._in_pass = False
             atexit.unregister(self.shutdown)
             if self._finished:
                 self._writer.put(_only_finished(self._finished))
@@ -250,9 +274,12 @@ class Recorder:
         if not result["ok"]:
             logger.error("MoE route log: %s", result["error"])
 
-    @staticmethod
-    def _rank() -> dict[str, int]:
-        return {"pp": get_pp_group().rank_in_group, "tp": get_tp_group().rank_in_group}
+    def _rank(self) -> dict[str, int]:
+        return {
+            "dp": self._runner.vllm_config.parallel_config.data_parallel_rank,
+            "pp": get_pp_group().rank_in_group,
+            "tp": get_tp_group().rank_in_group,
+        }
 
 
 def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer]]:
@@ -265,11 +292,22 @@ def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer
     return stages
 
 
-def _stage_path(main: Path, stage: int, writers: list[int]) -> Path:
-    """A stage's file: the main one for the first writing stage, ``x.pp1.jsonl`` for the next."""
-    if stage == writers[0]:
-        return main
-    return main.with_name(f"{main.stem}.pp{stage}{main.suffix}")
+def _layout(config: VllmConfig) -> Layout | None:
+    """Where the layers' rows belong; None where they are the pass's rows as they are."""
+    parallel = config.parallel_config
+    if parallel.data_parallel_size == 1:
+        return None
+    return Layout(parallel.data_parallel_rank)
+
+
+def _rank_path(main: Path, dp: int, stage: int, writers: list[int]) -> Path:
+    """A rank's file: ``x.jsonl``, or ``x.dp1.jsonl``, ``x.pp1.jsonl``, ``x.dp1.pp1.jsonl``.
+
+    The first data-parallel rank and the first writing stage go without a part of the name.
+    """
+    parts = [f".dp{dp}"] if dp else []
+    parts += [f".pp{stage}"] if stage != writers[0] else []
+    return main.with_name(f"{main.stem}{''.join(parts)}{main.suffix}")
 
 
 def _stop_rule(params: Any) -> StopRule | None:

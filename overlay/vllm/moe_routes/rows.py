@@ -24,6 +24,8 @@ class Flag(IntEnum):
     RECOMPUTED = 1
     #: Executed after the request had stopped: asynchronous scheduling runs one step ahead.
     OVERRUN = 2
+    #: A draft token that the model did not confirm: another token took its position.
+    REJECTED = 3
 
 
 class StopRule(NamedTuple):
@@ -140,6 +142,29 @@ class Request:
         flagged = int(np.count_nonzero(flags))
         self.rows_flagged += flagged
         self.positions += len(flags) - flagged
+
+
+def rejected(
+    positions: npt.NDArray[Any], num_draft_tokens: int, num_tokens: int
+) -> npt.NDArray[Any]:
+    """Which rows of one request's step ran on draft tokens that were rejected.
+
+    Only known after the step: when the request is scheduled again, or ends. The number of tokens
+    decides, not where the next step begins: a preempted request begins at 0 again. Nothing calls
+    this yet, see ``support``: it is the rule that recording speculative decoding has to follow.
+
+    Args:
+        positions: [m] consecutive positions; the last ``num_draft_tokens`` are draft tokens.
+        num_draft_tokens: drafts among them.
+        num_tokens: the request's prompt and output after the step. The last of them was sampled by
+            the step, so it is nobody's input yet.
+
+    Returns:
+        [m] bool.
+    """
+    is_draft = np.arange(len(positions)) >= len(positions) - num_draft_tokens
+    unconfirmed: npt.NDArray[Any] = is_draft & (positions >= num_tokens - 1)
+    return unconfirmed
 
 
 def external_id(raw_id: str) -> str:

@@ -76,8 +76,12 @@ class SelfCheck:
         """Rows left out because their layer did not fire or wrote ids that do not exist."""
         return int(self._missing.sum() + self._out_of_range.sum())
 
-    def verdict(self) -> dict[str, Any]:
-        """The verdict, as it stands in the end record."""
+    def verdict(self, passes_unfinished: int = 0) -> dict[str, Any]:
+        """The verdict, as it stands in the end record.
+
+        Args:
+            passes_unfinished: forward passes that began and never ended.
+        """
         lost = self._scheduled - self._written - self._dropped
         checks = [
             self._check("every layer fired in every pass", self._missing),
@@ -86,6 +90,9 @@ class SelfCheck:
             self._check("weights finite and not negative", self._bad_weight),
             self._check("rows = scheduled tokens", np.abs(lost) + self._dropped),
         ]
+        ended = "fail" if passes_unfinished else "pass"
+        detail = f"{passes_unfinished} passes began and raised an error"
+        checks.append({"name": "every pass that began ended", "verdict": ended, "detail": detail})
         failed = any(item["verdict"] == "fail" for item in checks)
         return {"verdict": "fail" if failed else "pass", "checks": checks}
 

@@ -63,6 +63,8 @@ class Session:
         self.rows_flagged = 0
         self.passes = 0
         self.requests = 0
+        #: Forward passes that began and never ended: the engine raised an error in them.
+        self.passes_unfinished = 0
         self.cached_tokens = 0
         self.missed_tokens = 0
         self.bytes = 0
@@ -134,7 +136,7 @@ class Session:
             "type": "end",
             "reason": reason,
             **self.totals(),
-            "self_check": self._check.verdict(),
+            "self_check": self._check.verdict(self.passes_unfinished),
             "end_time": now(),
         }
 
@@ -144,6 +146,7 @@ class Session:
             "rows": self.rows,
             "rows_flagged": self.rows_flagged,
             "passes": self.passes,
+            "passes_unfinished": self.passes_unfinished,
             "requests": self.requests,
             "cached_tokens": self.cached_tokens,
             "missed_tokens": self.missed_tokens,

@@ -9,8 +9,13 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.layers.fused_moe.zero_expert_fused_moe import ZeroExpertFusedMoE
 from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.provenance import execution
 from vllm.moe_routes.snapshot import SNAPSHOTTERS
+
+#: Modules of Ernie 4.5 VL: text and vision tokens take turns, each under a mask.
+MASKED = (".text_experts", ".vision_experts")
 
 
 def check_supported(config: VllmConfig, device_type: str, modules: Iterable[Any]) -> None:
@@ -39,12 +44,11 @@ def _refusals(
         yield "VLLM_USE_V2_MODEL_RUNNER=1", f"unset it {unset}"
     if parallel.prefill_context_parallel_size > 1:
         yield "prefill context parallelism", f"set it to 1 {unset}"
-    if parallel.data_parallel_size > 1:
-        yield "data parallelism", f"set --data-parallel-size 1 {unset}"
+    if parallel.data_parallel_size > 1 and device_type == "cpu" and execution(config) != "eager":
+        # Traced once without guards: the other ranks' row counts of that one pass would stay.
+        yield "data parallelism in compiled mode on CPU", f"add --enforce-eager {unset}"
     if parallel.enable_dbo or parallel.use_ubatching:
         yield "dual batch overlap (micro-batches)", f"drop --enable-dbo {unset}"
-    if parallel.enable_eplb:
-        yield "EPLB, which hides logical expert ids", f"drop --enable-eplb {unset}"
     if config.speculative_config is not None:
         fact = "speculative decoding, whose rejected rows are not marked yet"
         yield fact, f"drop --speculative-config {unset}"
@@ -57,5 +61,11 @@ def _refusals(
         if method.is_monolithic and not hooked_inside:
             fact = f"{type(method).__name__}, whose kernel hides its routing"
             yield fact, f"choose another quantization or MoE backend {unset}"
+        if isinstance(module, ZeroExpertFusedMoE):
+            fact = "zero-computation experts, whose ids lie past those of the experts"
+            yield fact, f"use another model {unset}"
+        if module.layer_name.endswith(MASKED):
+            fact = f"{module.layer_name}, which sees only some of a pass's tokens"
+            yield fact, f"use the text-only model {unset}"
         if module.is_sequence_parallel:
             yield "sequence-parallel MoE layers", f"set --tensor-parallel-size 1 {unset}"

@@ -90,8 +90,9 @@ class Writer:
             raise RouteLogError(self.error)
 
     def _has_room(self, size: int) -> bool:
-        full = self._waiting_bytes + size > self._queue_bytes
-        return not full or not self._steps or self.error is not None
+        fits = self._waiting_bytes + size <= self._queue_bytes
+        # A step without routes takes no room, and waiting for some could outlast a shutdown.
+        return size == 0 or fits or not self._steps or self.error is not None
 
     def _run(self) -> None:
         flush_at: float | None = None
