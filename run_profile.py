@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine_log = stage / "engine.log"
         with engine.quiet(engine_log, args.verbose) as terminal:
             settings = engine_settings(args, preset, config, on_cpu=not devices)
-            print(f"starting vLLM with {preset.model} ({preset.kind}) …", file=terminal)
+            print(f"starting vLLM with {settings['model']} ({preset.kind}) …", file=terminal)
             measured = measure(args, settings, prompts, stage, terminal)
 
         # 3. Write, then move into place together.
@@ -156,7 +156,7 @@ def engine_settings(
         max_model_len = min(longest, 2048)
     eager = on_cpu if args.enforce_eager is None else args.enforce_eager
     return {
-        "model": preset.model,
+        "model": short_path(preset.model),
         "dtype": args.dtype or preset.dtype,
         "quantization": args.quantization,
         "max_model_len": max_model_len,
@@ -166,6 +166,14 @@ def engine_settings(
         # A cached prefix is never routed, so later passes would record fewer rows.
         "enable_prefix_caching": False,
     }
+
+
+def short_path(model: str) -> str:
+    """A checkpoint below this folder by its relative path: it goes into logs and plots."""
+    path, here = Path(model), Path.cwd()
+    return (
+        str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else model
+    )
 
 
 def measure(
@@ -268,7 +276,7 @@ def provenance(
     return {
         "args": {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()},
         "engine": settings,
-        "model": {"id": preset.model, "kind": preset.kind},
+        "model": {"id": settings["model"], "kind": preset.kind},
         "prompts": {
             "set": prompts.name,
             "note": prompts.note,
@@ -283,7 +291,7 @@ def provenance(
         },
         "device": {
             "type": "cuda" if on_cuda else "cpu",
-            "name": torch.cuda.get_device_name() if on_cuda else platform.processor(),
+            "name": torch.cuda.get_device_name() if on_cuda else cpu_name(),
             "cpu_count": os.cpu_count(),
             "platform": platform.platform(),
         },
@@ -297,6 +305,14 @@ def provenance(
             "recorder armed but stopped" if args.mode == "both" else "recorder switched off"
         ),
     }
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it; else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def overhead(measured: Measurements) -> dict[str, Any]:

@@ -154,6 +154,19 @@ def test_an_unpatched_vllm_is_named_with_the_next_command(
     assert refused(capsys, "--out", str(tmp_path)) == f"error: {said}"
 
 
+def test_a_checkpoint_below_this_folder_goes_by_its_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_profile.short_path(str(tmp_path / ".cache" / "tiny")) == ".cache/tiny"
+    assert run_profile.short_path("/elsewhere/tiny") == "/elsewhere/tiny"
+    assert run_profile.short_path("Qwen/some-moe") == "Qwen/some-moe"
+
+
+def test_the_processor_has_a_name() -> None:
+    assert run_profile.cpu_name()
+
+
 def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def needs_it() -> int:
         raise ModuleNotFoundError("No module named 'duckdb'", name="duckdb")
