@@ -74,9 +74,29 @@ def by_prompt(log: harness.Log, outputs: list[dict[str, Any]]) -> dict[tuple[int
     """Routes keyed by prompt number, so that runs with other request ids compare."""
     number = {output["req_id"]: i for i, output in enumerate(outputs)}
     return {
-        (number[req_id], position, layer): (row["topk_ids"], row["topk_weights"], row["phase"])
+        (number[req_id], position, layer): row
         for (req_id, position, layer), row in log.routes.items()
     }
+
+
+def assert_same_routes(ours: dict[Any, Any], theirs: dict[Any, Any]) -> None:
+    """Equal but for rounding: requests may meet in other batches, which other kernels compute.
+
+    So a near-tie may fall either way, and a weight may differ in its last digits.
+    """
+    assert ours.keys() == theirs.keys()
+    swapped = []
+    for key, row in ours.items():
+        other = theirs[key]
+        assert row["phase"] == other["phase"]
+        mine = dict(zip(row["topk_ids"], row["topk_weights"], strict=True))
+        its = dict(zip(other["topk_ids"], other["topk_weights"], strict=True))
+        if mine.keys() != its.keys():
+            swapped.append(key)
+            continue
+        assert all(abs(mine[expert] - its[expert]) < harness.WEIGHT_TOLERANCE for expert in mine)
+    print(f"{len(swapped)} of {len(ours)} rows chose other experts: {swapped[:10]}")
+    assert len(swapped) <= len(ours) // 1000
 
 
 @pytest.mark.parametrize(("name", "step"), [("first", 0), ("second", 6)])
@@ -129,7 +149,7 @@ def test_two_recordings_of_the_same_prompts_are_equal(recorded: dict[str, Any]) 
     results = recorded["results"]
     first = by_prompt(recorded["first"], outputs_of(results, 0))
     second = by_prompt(recorded["second"], outputs_of(results, 6))
-    assert first == second
+    assert_same_routes(first, second)
 
 
 def test_the_request_records_account_for_the_rows(recorded: dict[str, Any]) -> None:
@@ -200,17 +220,8 @@ def test_compiled_and_eager_choose_the_same_experts(
     log = harness.read(path)
     assert log.meta["execution"] == "compiled"
     assert log.end["self_check"]["verdict"] == "pass"
-    ours = {key: sorted(ids) for key, (ids, _, _) in by_prompt(log, outputs_of(results, 0)).items()}
-    eager = {
-        key: sorted(ids)
-        for key, (ids, _, _) in by_prompt(
-            recorded["first"], outputs_of(recorded["results"], 0)
-        ).items()
-    }
-    assert ours.keys() == eager.keys()
-    different = [key for key in ours if ours[key] != eager[key]]
-    print(f"compiled against eager: {len(different)} of {len(ours)} rows differ: {different[:10]}")
-    assert len(different) <= len(ours) // 1000  # a near-tie may fall either way
+    eager = by_prompt(recorded["first"], outputs_of(recorded["results"], 0))
+    assert_same_routes(by_prompt(log, outputs_of(results, 0)), eager)
     assert tokens_of(results, 0) == tokens_of(recorded["results"], 0)
 
 
@@ -257,7 +268,8 @@ def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
     assert {layer for _, _, layer in log.routes} == {0, 3, 4, 5}
     whole = by_prompt(recorded["first"], outputs_of(recorded["results"], 0))
     some = by_prompt(log, outputs_of(results, 2))
-    assert some == {key: row for key, row in whole.items() if key[2] in (0, 3, 4, 5)}
+    chosen = {key: row for key, row in whole.items() if key[2] in (0, 3, 4, 5)}
+    assert_same_routes(some, chosen)
 
 
 @pytest.mark.parametrize(
