@@ -8,12 +8,14 @@ that need one are NaN then.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Counts1D: TypeAlias = "npt.NDArray[Any]"
+Floats: TypeAlias = "npt.NDArray[np.float64]"
 
 
 def shares(counts: Counts1D) -> npt.NDArray[np.float64]:
@@ -62,3 +64,91 @@ def top(counts: Counts1D, n: int) -> list[int]:
 def never_used(counts: Counts1D) -> list[int]:
     """The ids of experts with count 0, ascending."""
     return [int(expert) for expert in np.flatnonzero(counts == 0)]
+
+
+def gini(counts: Counts1D) -> float:
+    """G = sum((2*i - n - 1) * c_i) / (n * sum(c)), c ascending, i = 1..n, n = experts.
+
+    No unit, 0 (even) to 1 - 1/n (one expert takes all); NaN without counts.
+    gini([4, 2, 1, 1]) = (-3*1 - 1*1 + 1*2 + 3*4) / (4 * 8) = 10/32 = 0.3125.
+    """
+    n, total = len(counts), float(counts.sum())
+    if total == 0:
+        return math.nan
+    ranks = 2 * np.arange(1, n + 1) - n - 1
+    return float((ranks * np.sort(counts).astype(np.float64)).sum()) / (n * total)
+
+
+def coefficient_of_variation(counts: Counts1D) -> float:
+    """std(c) / mean(c), the population's standard deviation (divided by n, not n - 1).
+
+    No unit, 0 (even) to sqrt(experts - 1) (one expert takes all); NaN without counts.
+    coefficient_of_variation([4, 2, 1, 1]) = sqrt((4 + 0 + 1 + 1) / 4) / 2 = 0.6124.
+    """
+    mean = float(counts.mean())
+    return float(counts.std()) / mean if mean else math.nan
+
+
+def coverage(counts: Counts1D) -> npt.NDArray[np.float64]:
+    """The share of the load that the n hottest experts hold, for n = 1..experts.
+
+    [experts] float64, entry n - 1 = sum(the n largest p_i); rises to 1, at least n / experts;
+    NaN without counts. coverage([1, 4, 1, 2]) = [0.5, 0.75, 0.875, 1].
+    """
+    held = np.cumsum(np.sort(counts)[::-1])
+    if held[-1] == 0:
+        return np.full(counts.shape, np.nan)
+    # Cumulated before dividing, and by its own last entry: exact for integers, and it ends at 1.
+    return np.asarray(held / held[-1], dtype=np.float64)
+
+
+def share_of_top(counts: Counts1D, n: int) -> float:
+    """The share of the load that the n hottest experts hold: ``coverage`` at n.
+
+    No unit, n / experts to 1; 0 for n = 0, 1 for n above the number of experts.
+    share_of_top([1, 4, 1, 2], 2) = (4 + 2) / 8 = 0.75.
+    """
+    if n <= 0:
+        return 0.0 if counts.sum() else math.nan
+    return float(coverage(counts)[min(n, len(counts)) - 1])
+
+
+def experts_to_cover(counts: Counts1D, share: float) -> int:
+    """The fewest experts that together hold at least ``share`` (0 to 1) of the load.
+
+    Experts, 0 to experts; 0 without counts. experts_to_cover([1, 4, 1, 2], 0.75) = 2.
+    """
+    if share <= 0 or counts.sum() == 0:
+        return 0
+    return int(np.searchsorted(coverage(counts), min(share, 1.0))) + 1
+
+
+def along_experts(figure: Callable[[Counts1D], float], counts: Counts1D) -> Floats:
+    """``figure`` of every layer and phase: [..., experts] counts -> [...] float64.
+
+    along_experts(gini, counts.values) is [layers, phases].
+    """
+    rows = counts.reshape(-1, counts.shape[-1])
+    return np.array([figure(row) for row in rows], dtype=np.float64).reshape(counts.shape[:-1])
+
+
+def expert_counts(topk_ids: Counts1D, num_experts: int) -> npt.NDArray[np.int64]:
+    """How often each expert occurs in ``topk_ids`` (any shape). [experts] int64.
+
+    expert_counts([[0, 2], [2, 1]], 4) = [1, 1, 2, 0].
+    """
+    return np.bincount(topk_ids.ravel(), minlength=num_experts)
+
+
+def weight_mass(topk_ids: Counts1D, topk_weights: Counts1D, num_experts: int) -> Floats:
+    """m_e = sum of the router weights with which expert e was chosen.
+
+    topk_ids, topk_weights: same shape, such as [tokens, K]. [experts] float64 in units of
+    weight, 0 up; where the weights of a token sum to 1, sum(m) = tokens. Mass by count
+    (m_e / c_e) is the mean weight of e when chosen: experts with large counts and a small mean
+    weight are often picked but little heard.
+    weight_mass([[0, 2], [2, 1]], [[.75, .25], [.5, .5]], 4) = [.75, .5, .75, 0].
+    """
+    weights = topk_weights.ravel().astype(np.float64)
+    mass = np.bincount(topk_ids.ravel(), weights, minlength=num_experts)
+    return mass.astype(np.float64)  # it is int64 for no rows

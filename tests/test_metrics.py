@@ -7,10 +7,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_profiler import metrics
+from tests.routing import routings
 
 some_counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=256).filter(any)
 
@@ -91,3 +92,82 @@ def test_figures_stay_in_range_and_ignore_the_experts_order(values: list[int], r
     assert 1 - 1e-9 <= metrics.effective_experts(counts) <= len(values) + 1e-6
     assert 1 - 1e-9 <= metrics.max_over_mean(counts) <= len(values) + 1e-9
     assert metrics.entropy_bits(shuffled) == pytest.approx(metrics.entropy_bits(counts))
+
+
+def test_hand_computed_inequality_and_coverage() -> None:
+    counts = np.array([1, 4, 1, 2])
+    assert metrics.gini(counts) == 10 / 32
+    assert metrics.coefficient_of_variation(counts) == pytest.approx(math.sqrt(6 / 4) / 2)
+    assert metrics.coverage(counts).tolist() == [0.5, 0.75, 0.875, 1.0]
+    assert [metrics.share_of_top(counts, n) for n in (0, 1, 2, 9)] == [0, 0.5, 0.75, 1]
+    assert [metrics.experts_to_cover(counts, s) for s in (0, 0.5, 0.51, 0.75, 1)] == [0, 1, 2, 2, 4]
+
+
+def test_uniform_one_hot_expert_and_two_blocks_have_closed_forms() -> None:
+    n = 8
+    even, hot, blocks = np.full(n, 5), np.eye(n, dtype=np.int64)[3] * 7, np.repeat([6, 0], n // 2)
+    assert [metrics.gini(c) for c in (even, hot, blocks)] == pytest.approx([0, 1 - 1 / n, 1 / 2])
+    cv = [metrics.coefficient_of_variation(c) for c in (even, hot, blocks)]
+    assert cv == pytest.approx([0, math.sqrt(n - 1), 1])
+    assert metrics.coverage(even) == pytest.approx(np.arange(1, n + 1) / n)
+    assert metrics.coverage(hot).tolist() == [1.0] * n
+    assert metrics.coverage(blocks).tolist() == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert metrics.experts_to_cover(hot, 1.0) == 1
+
+
+def test_nothing_counted_has_no_inequality_either() -> None:
+    counts = np.zeros(4, dtype=np.int64)
+    assert math.isnan(metrics.gini(counts))
+    assert math.isnan(metrics.coefficient_of_variation(counts))
+    assert np.isnan(metrics.coverage(counts)).all()
+    assert math.isnan(metrics.share_of_top(counts, 0))
+    assert math.isnan(metrics.share_of_top(counts, 2))
+    assert metrics.experts_to_cover(counts, 0.5) == 0
+
+
+@settings(derandomize=True, deadline=None)
+@given(some_counts, st.integers(1, 300))
+def test_inequality_equals_a_naive_second_implementation(values: list[int], n: int) -> None:
+    counts, size, total = np.array(values), len(values), sum(values)
+    # Gini: half the mean absolute difference over the mean.
+    apart = sum(abs(a - b) for a in values for b in values)
+    assert metrics.gini(counts) == pytest.approx(apart / (2 * size * total), abs=1e-12)
+    mean = Fraction(total, size)
+    variance = sum((v - mean) ** 2 for v in values) / size
+    assert metrics.coefficient_of_variation(counts) == pytest.approx(
+        math.sqrt(variance) / float(mean), abs=1e-9
+    )
+    ranked = sorted(values, reverse=True)
+    assert metrics.share_of_top(counts, n) == pytest.approx(sum(ranked[:n]) / total)
+    assert metrics.coverage(counts) == pytest.approx(
+        [sum(ranked[: i + 1]) / total for i in range(size)]
+    )
+    needed = metrics.experts_to_cover(counts, 0.9)
+    assert sum(ranked[:needed]) / total >= 0.9 > sum(ranked[: needed - 1]) / total
+
+
+def test_a_figure_is_asked_of_every_layer_and_phase() -> None:
+    counts = np.array([[[4, 2, 1, 1], [1, 1, 1, 1]], [[0, 0, 0, 9], [0, 0, 0, 0]]])
+    found = metrics.along_experts(metrics.gini, counts)
+    assert found.tolist()[0] == [0.3125, 0.0]
+    assert found[1, 0] == 0.75 and math.isnan(found[1, 1])
+
+
+@settings(derandomize=True, deadline=None)
+@given(routings(), st.integers(0, 9))
+def test_counts_and_weight_mass_equal_loops(routing, seed: int) -> None:  # type: ignore[no-untyped-def]
+    ids, experts = routing
+    weights = np.random.default_rng(seed).random(ids.shape)
+    counts, mass = [0] * experts, [0.0] * experts
+    for row, row_weights in zip(ids, weights, strict=True):
+        for expert, weight in zip(row, row_weights, strict=True):
+            counts[expert] += 1
+            mass[expert] += weight
+    assert metrics.expert_counts(ids, experts).tolist() == counts
+    assert metrics.weight_mass(ids, weights, experts) == pytest.approx(mass)
+
+
+def test_weight_mass_of_the_docstring() -> None:
+    ids, weights = np.array([[0, 2], [2, 1]]), np.array([[0.75, 0.25], [0.5, 0.5]])
+    assert metrics.weight_mass(ids, weights, 4).tolist() == [0.75, 0.5, 0.75, 0]
+    assert metrics.expert_counts(ids, 4).tolist() == [1, 1, 2, 0]

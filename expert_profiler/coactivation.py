@@ -1,0 +1,114 @@
+"""Which experts are chosen together: in one layer, and from a layer to the next.
+
+``topk_ids`` is [tokens, K], any integer dtype, the ids of a token all different. Counts of batches
+of tokens add up, so a log of any size can be counted piece by piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_profiler.metrics import Floats
+
+Ids: TypeAlias = "npt.NDArray[Any]"
+Ints: TypeAlias = "npt.NDArray[np.int64]"
+
+
+def pair_counts(topk_ids: Ids, num_experts: int) -> Ints:
+    """n_ij = tokens that choose both i and j in this layer; n_ii = tokens that choose i.
+
+    [experts, experts] int64, symmetric, 0 to tokens. Each row sums to K * n_ii.
+    pair_counts([[0, 1], [1, 0], [0, 2]], 3) = [[3, 2, 1], [2, 2, 0], [1, 0, 1]].
+    """
+    return transition_counts(topk_ids, topk_ids, num_experts, num_experts)
+
+
+def lift(pairs: Ints, tokens: int) -> Floats:
+    """L_ij = P(i and j) / (P(i) * P(j)) = n_ij * tokens / (n_ii * n_jj).
+
+    pairs: [experts, experts] from ``pair_counts``; tokens: how many tokens it counts.
+    [experts, experts] float64, 0 (never together) up, 1 where i and j are independent; NaN on the
+    diagonal and where i or j was never chosen. As a token's K ids are different, a router without
+    any preference lies a little below 1, at ``even_lift``.
+    lift(the example of pair_counts, 3)[0, 1] = 2 * 3 / (3 * 2) = 1.
+    """
+    found = _lift(pairs, np.diagonal(pairs), np.diagonal(pairs), tokens)
+    np.fill_diagonal(found, np.nan)
+    return found
+
+
+def even_lift(num_experts: int, top_k: int) -> float:
+    """E * (K - 1) / (K * (E - 1)): the lift of every pair when all sets of K are as likely.
+
+    No unit, 0 (K = 1: no pairs) to 1 (K = E). even_lift(4, 2) = 4 * 1 / (2 * 3) = 0.667.
+    """
+    if num_experts == 1:
+        return float("nan")  # no pair exists
+    return num_experts * (top_k - 1) / (top_k * (num_experts - 1))
+
+
+def top_pairs(scores: Floats | Ints, n: int) -> list[tuple[int, int]]:
+    """The n pairs i < j with the highest score, highest first, ties by ids; NaN and 0 left out.
+
+    scores: [experts, experts], symmetric, such as lift or pair counts.
+    """
+    first, second = np.triu_indices(len(scores), k=1)
+    values = np.nan_to_num(scores[first, second].astype(np.float64), nan=0.0)
+    order = np.argsort(-values, kind="stable")[:n]
+    return [(int(first[o]), int(second[o])) for o in order if values[o] > 0]
+
+
+def transition_counts(
+    topk_ids: Ids, next_topk_ids: Ids, num_experts: int, next_num_experts: int
+) -> Ints:
+    """n_ij = tokens that choose i in a layer and j in the next one.
+
+    topk_ids: [tokens, K] of the layer, next_topk_ids: [tokens, K'] of the next, row by row the same
+    tokens. [experts, next experts] int64, 0 to tokens; row i sums to K' * tokens with i.
+    transition_counts([[0], [0], [1]], [[1], [0], [1]], 2, 2) = [[1, 1], [0, 1]].
+    """
+    cells = num_experts * next_num_experts
+    total = np.zeros(cells, dtype=np.int64)
+    # One column pair at a time: no array is larger than [tokens].
+    for column in topk_ids.T.astype(np.int64):
+        for next_column in next_topk_ids.T:
+            total += np.bincount(column * next_num_experts + next_column, minlength=cells)
+    return total.reshape(num_experts, next_num_experts)
+
+
+def transition_shares(transitions: Ints, next_top_k: int) -> Floats:
+    """P(j | i) = n_ij / n_i: of the tokens with i in a layer, the share with j in the next.
+
+    transitions: [experts, next experts] from ``transition_counts``; n_i = sum_j(n_ij) / K'.
+    [experts, next experts] float64, 0 to 1, each row sums to K' (``next_top_k``); NaN rows for
+    experts that were never chosen. transition_shares([[1, 1], [0, 1]], 1) = [[.5, .5], [0, 1]].
+    """
+    tokens = transitions.sum(axis=1, keepdims=True) / next_top_k
+    return _divide(transitions, tokens)
+
+
+def transition_lift(transitions: Ints, top_k: int, next_top_k: int) -> Floats:
+    """P(j | i) / P(j) = n_ij * tokens / (n_i * n_j).
+
+    [experts, next experts] float64, 0 up; 1 where the choice of i says nothing about j; NaN where
+    i or j was never chosen. transition_lift([[1, 1], [0, 1]], 1, 1)[0, 0] = 1 * 3 / (2 * 1) = 1.5.
+    """
+    tokens = transitions.sum() / (top_k * next_top_k)
+    return _lift(
+        transitions, transitions.sum(axis=1) / next_top_k, transitions.sum(axis=0) / top_k, tokens
+    )
+
+
+def _lift(pairs: Ints, left: Ids, right: Ids, tokens: float) -> Floats:
+    return _divide(pairs * float(tokens), np.outer(left.astype(np.float64), right))
+
+
+def _divide(above: Ids, below: Ids) -> Floats:
+    """above / below with NaN where below is 0."""
+    above, below = np.broadcast_arrays(above, below)
+    result = np.full(above.shape, np.nan)
+    quotient: Floats = np.divide(above, below, out=result, where=below != 0)
+    return quotient
