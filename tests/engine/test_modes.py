@@ -166,6 +166,7 @@ def test_the_row_that_runs_ahead_of_a_stop_is_marked_overrun(runs: Runs) -> None
     ]
     log = runs.check("async scheduling", outputs)
     assert log.meta["async_scheduling"] is True
+    assert log.end["reason"] == "shutdown"  # nobody stopped it: closed when the process ended
     stopped = {
         (output["req_id"], len(output["prompt_token_ids"]) + len(output["token_ids"]) - 1)
         for output in outputs
