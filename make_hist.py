@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         lost = bool(log.lost_rows)
     print(f"{'plot':<19}{args.out}")
     routes, hist = shlex.quote(str(args.log)), shlex.quote(str(args.out))
-    print(f"next: python3 -m expert_profiler.validate --routes {routes} --hist {hist}")
+    here = Path(__file__).resolve().parent
+    where = "" if here == Path.cwd() else f"PYTHONPATH={shlex.quote(str(here))} "
+    python = shlex.quote(sys.executable)
+    print(f"next: {where}{python} -m expert_profiler.validate --routes {routes} --hist {hist}")
     return 1 if lost else 0
 
 

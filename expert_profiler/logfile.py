@@ -19,7 +19,7 @@ from expert_profiler.errors import UserError
 MAX_LINE_BYTES = 16 * 1024 * 1024
 _TAIL_BYTES = 64 * 1024
 
-RECORD_AGAIN = "record again with: python3 run_profile.py"
+RECORD_AGAIN = "record again with: ./test.sh"
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,7 @@ def _require_log(path: Path) -> int:
         with path.open("rb") as file:
             head = file.read(4096)
     except FileNotFoundError:
-        raise UserError(
-            f"no log at {path}; make one with: python3 run_profile.py, or name yours"
-        ) from None
+        raise UserError(f"no log at {path}; make one with: ./test.sh, or name yours") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check: ls -l {path}") from None
     if not head.strip():

@@ -209,7 +209,7 @@ class RouteLog:
             raise UserError(
                 f"{self.path}: expert id {outside[0, 3]} in layer {outside[0, 0]}, but the header "
                 f"says {self.num_experts} experts (0 to {self.num_experts - 1}); "
-                f"list all faults with: python3 -m expert_profiler.validate --routes {self.path}"
+                f"list all faults with: ./test.sh validate --routes {self.path}"
             )
         codes = _phase_codes(self._cell_rows)
         values = np.zeros((len(layers), len(codes), self.num_experts), dtype=np.int64)

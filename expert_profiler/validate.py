@@ -344,7 +344,7 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
     named = {key: getattr(args, key) for key in NAMES if getattr(args, key) is not None}
     for path in named.values():
         if not path.is_file():
-            raise UserError(f"no file {path}; make the artifacts with: python3 run_profile.py")
+            raise UserError(f"no file {path}; make the artifacts with: ./test.sh")
     folder = args.dir if args.dir is not None or named else Path()
     found = {}
     if folder is not None:
@@ -352,9 +352,7 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
             raise UserError(f"no directory {folder}; name the one with the artifacts: --dir DIR")
         found = {key: folder / name for key, name in NAMES.items() if (folder / name).is_file()}
         if not found | named:
-            raise UserError(
-                f"no artifacts in {folder.absolute()}; make them with: python3 run_profile.py"
-            )
+            raise UserError(f"no artifacts in {folder.absolute()}; make them with: ./test.sh")
     return found | named
 
 

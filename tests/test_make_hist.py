@@ -54,7 +54,7 @@ def test_figures_of_a_hand_made_log(folder: Path, capsys: pytest.CaptureFixture[
         "effective experts 3.4 of 4",
         "max/mean 2.00",
         "never used 0 experts",
-        "next: python3 -m expert_profiler.validate --routes moe_routes.jsonl --hist expert_hist",
+        "-m expert_profiler.validate --routes moe_routes.jsonl --hist expert_hist",
     ):
         assert fact in out
     assert (folder / "expert_hist.png").read_bytes().startswith(PNG[:8])
@@ -299,3 +299,15 @@ def test_the_note_of_a_self_check_reaches_the_user(
     four_choices(folder, self_check={"verdict": "fail", "checks": [check]})
     run()
     assert "layer 7 never fired" in capsys.readouterr().out
+
+
+def test_the_next_command_works_where_it_is_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four_choices(folder)
+    assert run() == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    command = ["bash", "-c", line.removeprefix("next: ")]  # as a person pastes it
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    assert "row" in done.stdout

@@ -384,9 +384,7 @@ def test_malformed_outputs_are_named_with_their_line(path: Path, tmp_path: Path)
 
 
 def test_a_missing_log_says_how_to_make_one(path: Path) -> None:
-    assert error_of(path) == (
-        f"no log at {path}; make one with: python3 run_profile.py, or name yours"
-    )
+    assert error_of(path) == (f"no log at {path}; make one with: ./test.sh, or name yours")
 
 
 def test_a_directory_is_no_log(tmp_path: Path) -> None:
@@ -455,7 +453,7 @@ def test_a_malformed_line_is_named(path: Path, broken: bytes, finished: bool) ->
     path.write_bytes(b"\n".join(lines) + b"\n")
     message = error_of(path)
     assert re.search(r"line 11: not (valid JSON|a valid record)", message)
-    assert "python3 run_profile.py" in message
+    assert "./test.sh" in message
 
 
 def test_a_malformed_line_is_found_even_when_the_last_is_unfinished(path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_shared_expert_in_a_narrow_layers_spare_column_reaches_neither_file_no
     _write(buffer, shared, torch.tensor([[0.75, 0.25, 1.0]], device=DEVICE), slot=1)
     ids, weights = buffer.ids.cpu().numpy(), buffer.weights.cpu().numpy()
     check = SelfCheck(layers, buffer.not_an_id)
-    good = check.step(ids, weights)
+    good = check.step(len(ids), ids, weights)
     assert good.all()
     assert check.verdict()["verdict"] == "pass"
     lines = jsonl.encode_routes(layers, 0, a_table(1), ids, weights, good).splitlines()

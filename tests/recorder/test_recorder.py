@@ -248,6 +248,61 @@ def test_a_layer_that_did_not_fire_is_not_filled_from_warm_up(arm: Arm, log: Pat
     assert read_lines(log)[-1]["self_check"]["verdict"] == "fail"
 
 
+@pytest.mark.parametrize("passes_before", ["warm-up", "padded", "idle"])
+def test_a_layer_that_falls_silent_repeats_no_older_row(
+    arm: Arm, log: Path, passes_before: str
+) -> None:
+    """The buffer holds rows of warm-up after an autostart, of padding and of idle dummy passes."""
+    runner = arm(autostart=True)
+    if passes_before == "warm-up":
+        runner.dummy_run()
+    else:
+        runner.execute(("7-0000000a", 1, 9))
+        runner.dummy_run()  # writes far more rows than the pass before had
+    runner.layers["model.layers.3.mlp.experts"].moe_route_tap = None
+    runner.execute(("8-0000000b", 5, 5))
+    _do(runner, "stop")
+    assert [row for row in _routes(log, 3) if row["req_id"] == "8"] == []
+    end = read_lines(log)[-1]
+    assert end["drops"]["not_captured"] == 5
+    assert end["self_check"]["verdict"] == "fail"
+
+
+def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
+    arm: Arm, log: Path
+) -> None:
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+    assert runner.moe_routes is not None
+
+    def exhausted(*_: Any) -> None:
+        raise MemoryError("no pinned memory left")
+
+    runner.moe_routes._snapshotter.take = exhausted  # type: ignore[method-assign]
+    for _ in range(3):
+        runner.execute(("7-0000000a", 1, 2))
+    assert "no pinned memory left" in _do(runner, "status")["error"]
+    answer = _do(runner, "stop")
+    assert answer["ok"] is False
+    assert "no pinned memory left" in answer["error"]
+    assert [line["type"] for line in read_lines(log)][-1] != "end", "the readers say: cut short"
+
+
+@pytest.mark.parametrize("call", [(), ("status", "more"), (None,), ([],)])
+def test_whatever_is_called_is_answered(arm: Arm, call: tuple[Any, ...]) -> None:
+    runner = arm()
+    answer = module.control(SimpleNamespace(model_runner=runner), *call)
+    assert answer["ok"] is (call == ())
+
+
+def test_a_recording_is_not_started_into_a_file_of_another_kind(arm: Arm, tmp_path: Path) -> None:
+    runner = arm()
+    answer = _do(runner, "start", path=str(tmp_path / "x.parquet"))
+    assert answer["ok"] is False
+    assert "does not end in .jsonl" in answer["error"]
+    assert list(tmp_path.glob("*.parquet")) == []
+
+
 def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path) -> None:
     runner = arm(layers="3-4")
     _do(runner, "start")

@@ -355,6 +355,31 @@ def test_the_row_after_the_stop_token_is_overrun_in_a_recording_that_joined_late
     assert _flags(book, a_step([("a", 4, 1, 3)], new={}), [EOS]) == ["overrun"]
 
 
+def test_a_session_that_goes_on_with_more_prompt_is_not_overrun() -> None:
+    """A resumed streaming request is scheduled as new under its id, with a longer prompt."""
+    book = RequestBook()
+    rule = {"a": StopRule(frozenset([EOS]), 0)}
+    assert _flags(book, a_step([("a", 0, 3, 3)], new=rule), [1, 1, 1]) == ["none"] * 3
+    resumed = a_step([("a", 3, 5, 8)], new={"a": None})
+    assert _flags(book, resumed, [9, EOS, 9, 9, 9]) == ["none"] * 5
+    assert _flags(book, a_step([("a", 8, 1, 8)], new={}), [EOS]) == ["overrun"]
+    (request,) = book.finish(["a"])
+    assert (request.num_prompt_tokens, request.positions, request.rows_flagged) == (8, 8, 1)
+
+
+def test_the_replay_of_a_lost_row_is_its_first_and_counts() -> None:
+    book = RequestBook()
+    lost = np.zeros(4, dtype=bool)
+    book.place(a_step([("a", 0, 4, 3)]), None, lost)
+    book.place(a_step([("a", 4, 1, 3)], new={}), None)
+    replay = book.place(a_step([("a", 0, 5, 3)], new={}), None)
+    assert replay.flags.tolist() == [0, 0, 0, 0, Flag.RECOMPUTED]
+    again = book.place(a_step([("a", 0, 5, 3)], new={}), None)
+    assert again.flags.tolist() == [Flag.RECOMPUTED] * 5
+    (request,) = book.finish(["a"])
+    assert (request.positions, request.rows_flagged, request.rows_dropped) == (5, 6, 4)
+
+
 def test_a_step_without_requests_has_no_rows() -> None:
     table = RequestBook().place(a_step(), None)
     assert table.req_ids == []

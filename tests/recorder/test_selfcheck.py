@@ -42,7 +42,7 @@ def _spoil(
     if weight is not None:
         routes.topk_weights[2, slot, column] = weight
     check = SelfCheck(LAYERS, 255)
-    return check, check.step(routes.topk_ids, routes.topk_weights)
+    return check, check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
 
 
 def _only_bad(slot: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_clean_routes_pass_every_check(sizes: list[int], not_an_id: int) -> None
     check = SelfCheck(LAYERS, not_an_id)
     for i, n in enumerate(sizes):
         routes = clean_routes(LAYERS, n, seed=i, not_an_id=not_an_id)
-        good = check.step(routes.topk_ids, routes.topk_weights)
+        good = check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
         assert good.shape == (n, len(LAYERS))
         assert good.all()
     assert _failed(check) == {}
@@ -93,7 +93,7 @@ def test_every_layer_is_held_to_its_own_number_of_experts() -> None:
     routes = clean_routes(LAYERS, 1)
     routes.topk_ids[0, :, :2] = [15, 8]
     check = SelfCheck(LAYERS, 255)
-    assert check.step(routes.topk_ids, routes.topk_weights).tolist() == [
+    assert check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights).tolist() == [
         [False, True, False, False]
     ]
     assert _failed(check)[RANGE] == "3 rows, in layers 1,5,9"
@@ -104,7 +104,7 @@ def test_a_negative_id_is_out_of_range_or_not_an_id() -> None:
     routes.topk_ids[0, 0, 0] = -2
     routes.topk_ids[0, 1, 0] = -1
     check = SelfCheck(LAYERS, -1)
-    check.step(routes.topk_ids, routes.topk_weights)
+    check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
     failed = _failed(check)
     assert failed[RANGE] == "1 rows, in layers 1"
     assert failed[FIRED] == "1 rows, in layers 3"
@@ -122,7 +122,7 @@ def test_experts_repeated_far_apart_are_found_too() -> None:
     routes = clean_routes(LAYERS, 1)
     routes.topk_ids[0, 1] = [5, 1, 2, 5]
     check = SelfCheck(LAYERS, 255)
-    check.step(routes.topk_ids, routes.topk_weights)
+    check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
     assert set(_failed(check)) == {DISTINCT}
 
 
@@ -146,7 +146,7 @@ def test_columns_past_a_layers_top_k_are_not_looked_at() -> None:
     routes.topk_ids[:, 0, 2:] = [200, 200]
     routes.topk_weights[:, 0, 2:] = [math.nan, -1]
     check = SelfCheck(LAYERS, 255)
-    assert check.step(routes.topk_ids, routes.topk_weights).all()
+    assert check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights).all()
     assert _failed(check) == {}
 
 
@@ -156,7 +156,7 @@ def test_a_layer_that_did_not_fire_is_told_once_and_not_as_repeated_or_bad() -> 
     routes.topk_ids[:, 1] = 255
     routes.topk_weights[:, 1] = math.nan
     check = SelfCheck(LAYERS, 255)
-    check.step(routes.topk_ids, routes.topk_weights)
+    check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
     told = "3 rows, in layers 3"
     assert _failed(check) == {FIRED: told, ROWS: told}
 
@@ -174,7 +174,7 @@ def test_violations_of_many_passes_add_up() -> None:
         routes = clean_routes(LAYERS, 2)
         routes.topk_ids[0, 0, 0] = 255
         routes.topk_ids[1, 2, 0] = 99
-        check.step(routes.topk_ids, routes.topk_weights)
+        check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
     failed = _failed(check)
     assert failed[FIRED] == "3 rows, in layers 1"
     assert failed[RANGE] == "3 rows, in layers 5"
@@ -187,7 +187,7 @@ def test_a_long_list_of_layers_is_cut_short() -> None:
     routes = clean_routes(layers, 1)
     routes.topk_ids[:] = 255
     check = SelfCheck(layers, 255)
-    check.step(routes.topk_ids, routes.topk_weights)
+    check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
     assert _failed(check)[FIRED] == "12 rows, in layers 0,1,2,3,4,5,6,7,…"
 
 
@@ -210,7 +210,14 @@ def test_any_single_corruption_is_found_in_its_layer_and_no_other(data: st.DataO
         routes.topk_weights[token, slot, column] = weight
         harmless = math.isfinite(weight) and weight >= 0
     check = SelfCheck(LAYERS, 255)
-    check.step(routes.topk_ids, routes.topk_weights)
+    check.step(len(routes.topk_ids), routes.topk_ids, routes.topk_weights)
     failed = _failed(check)
     assert bool(failed) != harmless
     assert all(detail == f"1 rows, in layers {LAYERS[slot].layer}" for detail in failed.values())
+
+
+def test_a_pass_with_fewer_rows_than_were_scheduled_fails_the_row_count_and_nothing_else() -> None:
+    check = SelfCheck(LAYERS, 255)
+    routes = clean_routes(LAYERS, 3)
+    check.step(4, routes.topk_ids, routes.topk_weights)
+    assert _failed(check).keys() == {ROWS}

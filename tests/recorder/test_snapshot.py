@@ -70,24 +70,16 @@ def test_a_host_snapshot_is_independent_of_later_passes() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5, ROWS])
-def test_a_host_snapshot_takes_the_passs_rows_and_marks_them_as_not_captured(rows: int) -> None:
+def test_a_host_snapshot_takes_the_passs_rows_and_leaves_the_buffer_alone(rows: int) -> None:
     buffer = _buffer()
     _run_pass(buffer, clean_routes(LAYERS, ROWS))
-    kept = buffer.ids[rows:].clone()
+    kept = buffer.ids.clone()
     pending = HostSnapshotter().take(buffer, rows, None)
     routes = pending.resolve()
     assert routes.topk_ids.shape == routes.topk_weights.shape == (rows, 2, 2)
     assert routes.token_ids is None
     assert pending.nbytes == routes.topk_ids.nbytes + routes.topk_weights.nbytes
-    assert (buffer.ids[:rows] == buffer.not_an_id).all()
-    assert torch.equal(buffer.ids[rows:], kept)
-
-
-def test_a_layer_that_stays_silent_shows_no_ids_of_the_pass_before() -> None:
-    buffer, snapshotter = _buffer(), HostSnapshotter()
-    _run_pass(buffer, clean_routes(LAYERS, 4))
-    snapshotter.take(buffer, 4, None)
-    assert (snapshotter.take(buffer, 4, None).resolve().topk_ids == buffer.not_an_id).all()
+    assert torch.equal(buffer.ids, kept)
 
 
 # ---- in device memory ----------------------------------------------------------------------
@@ -202,14 +194,16 @@ def test_a_device_snapshot_without_tokens_has_none(order: Order) -> None:
 
 
 @ORDERS
-def test_a_device_buffer_is_marked_as_not_captured_after_the_snapshot(order: Order) -> None:
+def test_clearing_the_buffer_for_the_next_pass_leaves_the_snapshot_whole(order: Order) -> None:
     device = FakeDevice(order)
-    buffer = _buffer()
+    buffer, routes = _buffer(), clean_routes(LAYERS, 4)
     with device:
-        _run_pass(buffer, clean_routes(LAYERS, 4))
+        _run_pass(buffer, routes)
         snapshotter = StreamSnapshotter(device)
-        snapshotter.take(buffer, 4, None)
+        first = snapshotter.take(buffer, 4, None)
+        buffer.clear(4)
         silent = snapshotter.take(buffer, 4, None)
+    assert _same(first.resolve(), routes)
     assert (silent.resolve().topk_ids == buffer.not_an_id).all()
 
 

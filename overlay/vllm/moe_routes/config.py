@@ -66,11 +66,6 @@ class RouteLogConfig:
         path = env.get("VLLM_LOG_MOE", "").strip()
         if not path:
             return None
-        if not path.endswith(".jsonl"):
-            raise RouteLogError(
-                f"VLLM_LOG_MOE={path} does not end in .jsonl; set it to a file such as "
-                "moe_routes.jsonl"
-            )
         on_full = env.get("VLLM_LOG_MOE_ON_FULL", "block")
         if on_full not in ON_FULL:
             raise RouteLogError(f"VLLM_LOG_MOE_ON_FULL={on_full!r}; use {' or '.join(ON_FULL)}")
@@ -78,13 +73,26 @@ class RouteLogConfig:
         if autostart not in ("0", "1"):
             raise RouteLogError(f"VLLM_LOG_MOE_AUTOSTART={autostart!r}; use 0 or 1")
         return cls(
-            path=Path(path).absolute(),
+            path=log_path(path, "VLLM_LOG_MOE="),
             layers=env.get("VLLM_LOG_MOE_LAYERS", "all"),
             autostart=autostart == "1",
             queue_bytes=int(_number(env, "VLLM_LOG_MOE_QUEUE_MB", "256", 1, 1 << 20) * (1 << 20)),
             on_full=on_full,
             flush_seconds=_number(env, "VLLM_LOG_MOE_FLUSH_SECONDS", "1.0", 0.01, 3600),
         )
+
+
+def log_path(text: str, said_by: str = "route log ") -> Path:
+    """The absolute path of a log.
+
+    Raises:
+        RouteLogError: its name does not say what it holds.
+    """
+    if not text.endswith(".jsonl"):
+        raise RouteLogError(
+            f"{said_by}{text} does not end in .jsonl; name a file such as moe_routes.jsonl"
+        )
+    return Path(text).absolute()
 
 
 def _number(env: Mapping[str, str], name: str, default: str, low: float, high: float) -> float:

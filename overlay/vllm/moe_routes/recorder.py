@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.moe_routes import capture, layers, provenance, support
-from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.config import RouteLogConfig, log_path
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.hooks import LogicalIds, Tap
 from vllm.moe_routes.mapping import Layout
@@ -45,12 +45,12 @@ def attach(runner: Any) -> "Recorder | None":
     return Recorder(config, runner)
 
 
-def control(worker: Any, command: str, **options: Any) -> dict[str, Any]:
+def control(worker: Any, *command: Any, **options: Any) -> dict[str, Any]:
     """What ``collective_rpc("moe_routes", (command,), options)`` reaches on a worker."""
-    recorder: Recorder | None = worker.model_runner.moe_routes
+    recorder: Recorder | None = getattr(worker.model_runner, "moe_routes", None)
     if recorder is None:
         return {"ok": False, "error": "recording is off in this engine; start it with VLLM_LOG_MOE"}
-    return recorder.control(command, **options)
+    return recorder.control(*command, **options)
 
 
 def shutdown(worker: Any) -> None:
@@ -137,7 +137,11 @@ class Recorder:
             return
         # Still set where the pass before raised an error: what it routed is nowhere.
         self._session.passes_unfinished += self._in_pass
-        self._in_pass = scheduler_output.total_num_scheduled_tokens > 0
+        num_rows = scheduler_output.total_num_scheduled_tokens
+        self._in_pass = num_rows > 0
+        # Warm-up passes, padding and older passes left rows there, which a layer that does not
+        # fire would repeat.
+        self._buffer.clear(num_rows)
         self._finished.extend(scheduler_output.finished_req_ids)
         self._known.difference_update(scheduler_output.finished_req_ids)
         self._new = {item.req_id for item in scheduler_output.scheduled_new_reqs}
@@ -150,6 +154,14 @@ class Recorder:
         """
         if not self._recording or self._writer is None:
             return
+        try:
+            self._writer.put(self._take(num_scheduled_tokens))
+        except Exception as error:  # whatever it is, the engine must go on
+            self._writer.fail(error)
+        self._in_pass = False
+
+    def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> Step:
+        """Everything of the step that the writer needs, copied."""
         batch = self._runner.input_batch
         num_reqs = len(num_scheduled_tokens)
         runs_ahead = self._runner.use_async_scheduling
@@ -170,8 +182,7 @@ class Recorder:
         )
         self._finished = []
         self._step_id += 1
-        self._in_pass = False
-        self._writer.put(step)
+        return step
 
     def _stop_rules(self, req_ids: list[str]) -> dict[str, StopRule]:
         """Rules of the requests that this recording sees for the first time."""
@@ -183,11 +194,12 @@ class Recorder:
 
     # ---- control ---------------------------------------------------------------------------
 
-    def control(self, command: str, **options: Any) -> dict[str, Any]:
+    def control(self, command: str = "status", *rest: Any, **options: Any) -> dict[str, Any]:
         """Run a command. Never raises: an exception would leave other ranks' replies queued.
 
         Args:
             command: "start", "stop" or "status".
+            rest: nothing; more than a command is answered with an error.
             options: ``path`` of "start", another file than VLLM_LOG_MOE's.
         """
         commands: dict[str, Callable[..., dict[str, Any]]] = {
@@ -196,8 +208,9 @@ class Recorder:
             "status": self.status,
         }
         try:
-            if command not in commands:
-                raise RouteLogError(f"unknown command {command!r}; use {', '.join(commands)}")
+            if rest or command not in commands:
+                given = ", ".join(repr(item) for item in (command, *rest))
+                raise RouteLogError(f"unknown command {given}; use {', '.join(commands)}")
             return {"ok": True, **commands[command](**options)}
         except Exception as error:
             if not isinstance(error, RouteLogError):
@@ -210,8 +223,7 @@ class Recorder:
         if self._recording:
             raise RouteLogError("recording already runs; stop it first")
         if self._layers:
-            self._buffer.clear()  # warm-up passes have been through it
-            main = Path(path).absolute() if path else self._config.path
+            main = log_path(path) if path else self._config.path
             rank = self._rank()
             names = [
                 _rank_path(main, dp, stage, self._writers).name

@@ -7,7 +7,7 @@ works it out on the writer thread, step by step and in order.
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -96,8 +96,9 @@ class Request:
         next_position: one past the highest position executed so far.
         positions: rows recorded that count, one per position and layer.
         rows_flagged: rows recorded that don't.
-        rows_dropped: rows whose routes were dropped.
+        rows_dropped: rows not recorded in every layer: dropped, or not captured.
         stopped_at: position of the token that stopped it, once that token was seen as an input.
+        dropped: positions executed of which no row was recorded.
     """
 
     req_id: str
@@ -111,18 +112,35 @@ class Request:
     rows_flagged: int = 0
     rows_dropped: int = 0
     stopped_at: int | None = None
+    dropped: set[int] = field(default_factory=set)
 
-    def flag(
-        self, positions: npt.NDArray[Any], token_ids: npt.NDArray[Any] | None
+    def resume(self, first: int, num_prompt_tokens: int) -> None:
+        """A streaming session goes on with more prompt: what it generated last may be replaced."""
+        self.num_prompt_tokens = num_prompt_tokens
+        self.next_position = first
+        self.stopped_at = None
+
+    def take(
+        self,
+        positions: npt.NDArray[Any],
+        token_ids: npt.NDArray[Any] | None,
+        recorded: npt.NDArray[Any],
     ) -> npt.NDArray[Any]:
-        """Flags of this request's rows of one step; moves the request on.
+        """Flag and count this request's rows of one step; moves the request on.
 
         Args:
             positions: [m] consecutive positions.
             token_ids: [m] input tokens of the rows, needed where the engine runs ahead.
+            recorded: [m] bool, whether the rows get into the file.
+
+        Returns:
+            [m] uint8, a :class:`Flag` each.
         """
         flags = np.zeros(len(positions), dtype=np.uint8)
-        flags[positions < self.next_position] = Flag.RECOMPUTED
+        again = positions < self.next_position
+        if self.dropped:  # a replay of a position that was lost is its first and only row
+            again &= ~np.isin(positions, list(self.dropped))
+        flags[again] = Flag.RECOMPUTED
         if self.stop is not None and token_ids is not None and self.stopped_at is None:
             generated = positions - self.num_prompt_tokens + 1  # how many, this token included
             stops = np.isin(token_ids, list(self.stop.token_ids))
@@ -132,16 +150,18 @@ class Request:
         if self.stopped_at is not None:
             flags[positions >= self.stopped_at] = Flag.OVERRUN
         self.next_position = max(self.next_position, int(positions[-1]) + 1)
+        self.dropped.difference_update(positions[recorded].tolist())
+        self.dropped.update(positions[~recorded & ~again].tolist())
+        self.rows_dropped += int(np.count_nonzero(~recorded))
+        self.rows_flagged += int(np.count_nonzero(flags[recorded]))
+        self.positions += int(np.count_nonzero(flags[recorded] == Flag.NONE))
         return flags
 
-    def count(self, flags: npt.NDArray[Any], recorded: bool) -> None:
-        """Account for rows with these flags, recorded or dropped."""
-        if not recorded:
-            self.rows_dropped += len(flags)
-            return
-        flagged = int(np.count_nonzero(flags))
-        self.rows_flagged += flagged
-        self.positions += len(flags) - flagged
+    def as_dict(self) -> dict[str, Any]:
+        """What the log says of it."""
+        names = ("req_id", "raw_id", "num_prompt_tokens", "cached_tokens", "missed_tokens")
+        counts = ("positions", "rows_flagged", "rows_dropped")
+        return {name: getattr(self, name) for name in names + counts}
 
 
 def rejected(
@@ -183,14 +203,17 @@ class RequestBook:
         self._taken: set[str] = set()
 
     def place(
-        self, step: Step, token_ids: npt.NDArray[Any] | None, recorded: bool = True
+        self,
+        step: Step,
+        token_ids: npt.NDArray[Any] | None,
+        recorded: npt.NDArray[Any] | None = None,
     ) -> RowTable:
         """Work out the rows of ``step`` and move its requests on.
 
         Args:
             step: the step; its rows are the requests' rows one after another.
             token_ids: [n] input tokens, or None.
-            recorded: whether the rows were captured; else they count as dropped.
+            recorded: [n] bool, which rows get into the file; None: all.
         """
         counts = step.num_scheduled_tokens.astype(np.int64)
         starts = np.cumsum(counts) - counts
@@ -198,17 +221,21 @@ class RequestBook:
         offsets = np.arange(total) - np.repeat(starts, counts)
         positions = np.repeat(step.num_computed_tokens.astype(np.int64), counts) + offsets
         flags = np.zeros(total, dtype=np.uint8)
+        if recorded is None:
+            recorded = np.ones(total, dtype=bool)
         req_ids: list[str] = []
         for i, raw_id in enumerate(step.req_ids):
             request = self._live.get(raw_id)
             if request is None:
                 request = self._open(step, i)
+            elif raw_id in step.new_requests:
+                first, prompt = step.num_computed_tokens[i], step.num_prompt_tokens[i]
+                request.resume(int(first), int(prompt))
             if counts[i] == 0:
                 continue
             rows = slice(int(starts[i]), int(starts[i] + counts[i]))
             tokens = None if token_ids is None else token_ids[rows]
-            flags[rows] = request.flag(positions[rows], tokens)
-            request.count(flags[rows], recorded)
+            flags[rows] = request.take(positions[rows], tokens, recorded[rows])
             req_ids.extend([request.req_id] * int(counts[i]))
         is_decode = positions >= np.repeat(step.num_prompt_tokens.astype(np.int64), counts)
         return RowTable(req_ids, positions, is_decode, flags)

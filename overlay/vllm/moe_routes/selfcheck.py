@@ -40,10 +40,13 @@ class SelfCheck:
         self._scheduled += num_rows
         self._dropped += num_rows
 
-    def step(self, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def step(
+        self, num_scheduled: int, topk_ids: npt.NDArray[Any], topk_weights: npt.NDArray[Any]
+    ) -> npt.NDArray[Any]:
         """Check one pass.
 
         Args:
+            num_scheduled: tokens that the scheduler says the pass has.
             topk_ids: [n, L, K].
             topk_weights: [n, L, K] float32.
 
@@ -51,8 +54,7 @@ class SelfCheck:
             [n, L] bool: which rows were captured and hold ids that exist. Only these may be
             written: the others are counted as lost.
         """
-        n = topk_ids.shape[0]
-        self._scheduled += n
+        self._scheduled += num_scheduled
         good = np.empty(topk_ids.shape[:2], dtype=bool)
         for top_k, slots in self._groups:
             ids = topk_ids[:, slots, :top_k]

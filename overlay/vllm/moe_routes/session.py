@@ -5,11 +5,11 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.formats import jsonl
 from vllm.moe_routes.layers import MoELayer
@@ -85,13 +85,13 @@ class Session:
             return
         num_rows = int(step.num_scheduled_tokens.sum())
         if step.pending is None:
-            self._book.place(step, None, recorded=False)
+            self._book.place(step, None, np.zeros(num_rows, dtype=bool))
             self._check.dropped(num_rows)
             self.drops["queue_full"] += num_rows * len(self._layers)
             return
         routes = step.pending.resolve()
-        rows = self._book.place(step, routes.token_ids)
-        good = self._check.step(routes.topk_ids, routes.topk_weights)
+        good = self._check.step(num_rows, routes.topk_ids, routes.topk_weights)
+        rows = self._book.place(step, routes.token_ids, np.all(good, axis=1))
         written = int(good.sum())
         self._put(
             jsonl.encode_routes(
@@ -156,10 +156,8 @@ class Session:
 
     def _end_requests(self, requests: Sequence[Request], finished: bool) -> None:
         for request in requests:
-            record = asdict(request)
-            for key in ("stop", "next_position", "stopped_at"):
-                del record[key]
-            self._put(jsonl.encode_object({"type": "request", **record, "finished": finished}))
+            record = {"type": "request", **request.as_dict(), "finished": finished}
+            self._put(jsonl.encode_object(record))
             self.requests += 1
             self.cached_tokens += request.cached_tokens
             self.missed_tokens += request.missed_tokens

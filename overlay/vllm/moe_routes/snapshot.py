@@ -43,7 +43,7 @@ class Pending(Protocol):
 
 class Snapshotter(Protocol):
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        """Snapshot the first ``num_rows`` rows and mark them as not captured again."""
+        """Snapshot the first ``num_rows`` rows."""
 
 
 class _HostPending(NamedTuple):
@@ -60,7 +60,6 @@ class HostSnapshotter:
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
         ids = buffer.ids[:num_rows].clone()
         weights = buffer.weights[:num_rows].clone()
-        buffer.clear(num_rows)
         tokens = None if token_ids is None else token_ids[:num_rows].clone().numpy()
         routes = Routes(ids.numpy(), weights.numpy(), tokens)
         return _HostPending(routes, ids.nbytes + weights.nbytes)
@@ -121,7 +120,6 @@ class StreamSnapshotter:
 
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
         clones = [buffer.ids[:num_rows].clone(), buffer.weights[:num_rows].clone()]
-        buffer.clear(num_rows)
         if token_ids is not None:
             clones.append(token_ids[:num_rows].clone())
         copies = [self._api.pinned_like(item) for item in clones]

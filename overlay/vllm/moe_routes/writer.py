@@ -51,6 +51,7 @@ class Writer:
         self._changed = threading.Condition()
         self._closing: str | None = None
         self.error: str | None = None
+        self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="moe-routes-writer", daemon=True)
         self._thread.start()
 
@@ -89,6 +90,14 @@ class Writer:
         if self.error is not None:
             raise RouteLogError(self.error)
 
+    def fail(self, error: Exception) -> None:
+        """Stop writing, for good, because a step could not be taken."""
+        with self._changed:
+            if self.error is None:
+                self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
+                logger.error("Recording stopped; generation goes on. %s", self.error)
+            self._changed.notify_all()
+
     def _has_room(self, size: int) -> bool:
         fits = self._waiting_bytes + size <= self._queue_bytes
         # A step without routes takes no room, and waiting for some could outlast a shutdown.
@@ -112,6 +121,8 @@ class Writer:
                     self._changed.notify_all()
             elif closing is not None:
                 self._guard(partial(self._sink.close, closing))
+                if self.error is not None and not self._abandoned:
+                    self._sink.abandon()
                 return
             if flush_at is not None and time.monotonic() >= flush_at:
                 self._guard(self._sink.flush)
@@ -133,3 +144,4 @@ class Writer:
             self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
             logger.exception("Recording stopped; generation goes on. %s", self.error)
             self._sink.abandon()
+            self._abandoned = True
