@@ -37,6 +37,9 @@ def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPa
 def test_a_path_alone_takes_the_defaults() -> None:
     assert _config() == RouteLogConfig(
         path=LOG,
+        mode="per_token",
+        api=False,
+        directory=Path.cwd() / "moe_recordings",
         layers="all",
         autostart=True,
         queue_bytes=256 * 1024 * 1024,
@@ -51,13 +54,32 @@ def test_defaults_of_class_and_environment_agree() -> None:
 
 def test_every_switch_is_heard() -> None:
     config = _config(
+        VLLM_LOG_MOE_MODE="per_pass",
+        VLLM_LOG_MOE_API="1",
+        VLLM_LOG_MOE_DIR="/recordings",
+        VLLM_LOG_MOE_LAYER_METRICS="1",
         VLLM_LOG_MOE_LAYERS="0,3-5",
         VLLM_LOG_MOE_AUTOSTART="0",
         VLLM_LOG_MOE_QUEUE_MB="1.5",
-        VLLM_LOG_MOE_ON_FULL="drop",
+        VLLM_LOG_MOE_ON_FULL="block",
         VLLM_LOG_MOE_FLUSH_SECONDS="0.25",
     )
-    assert config == RouteLogConfig(LOG, "0,3-5", False, 1572864, "drop", 0.25)
+    assert config == RouteLogConfig(
+        LOG, "per_pass", True, Path("/recordings"), True, "0,3-5", False, 1572864, "block", 0.25
+    )
+
+
+def test_the_api_alone_arms_the_recorder_and_never_waits_for_a_disk() -> None:
+    config = RouteLogConfig.from_env({"VLLM_LOG_MOE_API": "1"})
+    assert config is not None
+    assert (config.path, config.api, config.on_full) == (None, True, "drop")
+    assert config.mode == "stat"
+    assert RouteLogConfig.from_env({"VLLM_LOG_MOE_API": "0"}) is None
+
+
+def test_stat_writes_no_file_and_says_so() -> None:
+    with pytest.raises(RouteLogError, match="stat keeps counts and writes no file"):
+        _config(VLLM_LOG_MOE_MODE="stat")
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +96,8 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
         ("VLLM_LOG_MOE", "/logs/", "does not end in .jsonl"),
         ("VLLM_LOG_MOE_AUTOSTART", "true", "use 0 or 1"),
         ("VLLM_LOG_MOE_AUTOSTART", "", "use 0 or 1"),
+        ("VLLM_LOG_MOE_MODE", "tokens", "use stat, per_pass or per_token"),
+        ("VLLM_LOG_MOE_API", "yes", "use 0 or 1"),
         ("VLLM_LOG_MOE_ON_FULL", "wait", "use block or drop"),
         ("VLLM_LOG_MOE_QUEUE_MB", "many", "use a number from 1 to"),
         ("VLLM_LOG_MOE_QUEUE_MB", "0", "use a number from 1 to"),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
-from vllm.moe_routes import provenance
+from vllm.moe_routes import provenance, recording
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
@@ -278,7 +278,7 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     def exhausted(*_: Any) -> None:
         raise MemoryError("no pinned memory left")
 
-    runner.moe_routes._snapshotter.take = exhausted  # type: ignore[method-assign]
+    runner.moe_routes._source.snapshotter.take = exhausted  # type: ignore[method-assign]
     for _ in range(3):
         runner.execute(("7-0000000a", 1, 2))
     assert "no pinned memory left" in _do(runner, "status")["error"]
@@ -373,11 +373,11 @@ def test_the_row_that_runs_ahead_is_marked_in_a_recording_that_joined_later(
 def test_a_request_stops_at_what_its_parameters_say(facts: dict[str, Any], stops: set[int]) -> None:
     params = SamplingParams(min_tokens=2, **facts)
     params.update_from_generation_config({}, EOS)  # as the engine does
-    assert module._stop_rule(params) == (stops, 2)
+    assert recording._stop_rule(params) == (stops, 2)
 
 
 def test_a_pooling_request_has_no_stop_rule() -> None:
-    assert module._stop_rule(None) is None
+    assert recording._stop_rule(None) is None
 
 
 def test_requests_that_end_without_another_pass_are_ended_at_stop(arm: Arm, log: Path) -> None:
@@ -486,8 +486,8 @@ def _break_file(runner: FakeRunner) -> None:
         raise OSError(28, "No space left on device")
 
     assert runner.moe_routes is not None
-    assert runner.moe_routes._session is not None
-    runner.moe_routes._session._put = full  # type: ignore[assignment, method-assign]
+    session = runner.moe_routes._recording._sink  # type: ignore[union-attr]
+    session._put = full
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_engine(arm: Arm) -> None:
@@ -506,9 +506,9 @@ def test_status_tells_that_recording_stopped_on_an_error(arm: Arm) -> None:
     _break_file(runner)
     runner.execute(("7-0000000a", 2, 2))
     assert runner.moe_routes is not None
-    assert runner.moe_routes._writer is not None
+    assert runner.moe_routes._recording._writer is not None
     for _ in range(1000):
-        if runner.moe_routes._writer.error is not None:
+        if runner.moe_routes._recording._writer.error is not None:
             break
         time.sleep(0.005)
     assert "No space left on device" in str(_do(runner, "status"))

@@ -53,14 +53,32 @@ class CaptureBuffer(NamedTuple):
     """Where a forward pass leaves its choices.
 
     Attributes:
-        ids: [T, L, K], logical expert ids; ``not_an_id`` where nothing was captured.
-        weights: [T, L, K] float32, as the router gave them to the kernel.
+        ids: [T, S, K], logical expert ids; ``not_an_id`` where nothing was captured.
+        weights: [T, S, K] float32, as the router gave them to the kernel.
         not_an_id: the value that marks an element nothing was captured for.
+        slots: [L] int64, the slots that a recording of some layers reads; None: all of them.
     """
 
     ids: Tensor
     weights: Tensor
     not_an_id: int
+    slots: Tensor | None = None
+
+    def narrowed(self, slots: Sequence[int]) -> "CaptureBuffer":
+        """The same memory, read in ``slots`` only."""
+        if list(slots) == list(range(self.ids.shape[1])):
+            return self
+        return self._replace(slots=torch.tensor(slots, device=self.ids.device))
+
+    def select_ids(self, num_rows: int) -> Tensor:
+        """The ids of the first rows: [num_rows, L, K], a view unless narrowed."""
+        ids = self.ids[:num_rows]
+        return ids if self.slots is None else ids.index_select(1, self.slots)
+
+    def select_weights(self, num_rows: int) -> Tensor:
+        """The weights of the first rows: [num_rows, L, K], a view unless narrowed."""
+        weights = self.weights[:num_rows]
+        return weights if self.slots is None else weights.index_select(1, self.slots)
 
     def clear(self, num_rows: int | None = None) -> None:
         """Mark the first ``num_rows`` rows (all by default) as not captured."""

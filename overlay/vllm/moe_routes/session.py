@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.errors import ConflictError, RouteLogError
 from vllm.moe_routes.formats import jsonl
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Request, RequestBook, Step
 from vllm.moe_routes.selfcheck import SelfCheck
+from vllm.moe_routes.tally import Shape, Tally, count_choices, pass_tokens
 
 
 def now() -> str:
@@ -31,7 +33,7 @@ def create(path: Path) -> IO[bytes]:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
-        raise RouteLogError(
+        raise ConflictError(
             f"route log {path} exists; move it away or set VLLM_LOG_MOE to another file"
         ) from None
     except OSError as error:
@@ -59,6 +61,10 @@ class Session:
         self._layers = list(layers)
         self._book = RequestBook()
         self._check = SelfCheck(layers, not_an_id)
+        self._shape = Shape.of(layers)
+        self.tally = Tally(self._shape)
+        #: Held while the tally changes, so that a dump sees whole passes only.
+        self.lock = threading.Lock()
         self.rows = 0
         self.rows_flagged = 0
         self.passes = 0
@@ -103,10 +109,16 @@ class Session:
                 good,
             )
         )
-        self.passes += 1
-        self.rows += written
-        self.rows_flagged += int(good[rows.flags != 0].sum())
-        self.drops["not_captured"] = self._check.rows_not_captured
+        tokens = pass_tokens(
+            step.num_scheduled_tokens, step.num_computed_tokens, step.num_prompt_tokens
+        )
+        counts = count_choices(routes.topk_ids, self._shape)
+        with self.lock:
+            self.tally.add(tokens, counts)
+            self.passes += 1
+            self.rows += written
+            self.rows_flagged += int(good[rows.flags != 0].sum())
+            self.drops["not_captured"] = self._check.rows_not_captured
 
     def lose(self, step: Step) -> None:
         """Account for a step that can't be written any more."""
@@ -136,7 +148,7 @@ class Session:
             "type": "end",
             "reason": reason,
             **self.totals(),
-            "self_check": self._check.verdict(self.passes_unfinished),
+            "self_check": self.verdict(),
             "end_time": now(),
         }
 
@@ -147,12 +159,17 @@ class Session:
             "rows_flagged": self.rows_flagged,
             "passes": self.passes,
             "passes_unfinished": self.passes_unfinished,
+            **self.tally.facts(),
             "requests": self.requests,
             "cached_tokens": self.cached_tokens,
             "missed_tokens": self.missed_tokens,
             "bytes": self.bytes,
             "drops": dict(self.drops),
         }
+
+    def verdict(self) -> dict[str, Any]:
+        """The self-check as it stands."""
+        return self._check.verdict(self.passes_unfinished)
 
     def _end_requests(self, requests: Sequence[Request], finished: bool) -> None:
         for request in requests:

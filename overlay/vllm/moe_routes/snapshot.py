@@ -37,32 +37,41 @@ class Pending(Protocol):
     def nbytes(self) -> int:
         """Size of the arrays, in bytes."""
 
-    def resolve(self) -> Routes:
-        """Wait for the copy and return it. Called once, off the engine thread."""
+    def resolve(self) -> Any:
+        """Wait for the copy and return it: ``Routes`` of ``take``, an array of ``take_array``.
+
+        Called once, off the engine thread.
+        """
 
 
 class Snapshotter(Protocol):
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
         """Snapshot the first ``num_rows`` rows."""
 
+    def take_array(self, tensor: Tensor) -> Pending:
+        """Copy a tensor that nobody writes to any more."""
+
 
 class _HostPending(NamedTuple):
-    routes: Routes
+    arrays: Any
     nbytes: int
 
-    def resolve(self) -> Routes:
-        return self.routes
+    def resolve(self) -> Any:
+        return self.arrays
 
 
 class HostSnapshotter:
     """For a buffer in host memory: the clone is the snapshot."""
 
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        ids = buffer.ids[:num_rows].clone()
-        weights = buffer.weights[:num_rows].clone()
+        ids = buffer.select_ids(num_rows).clone()
+        weights = buffer.select_weights(num_rows).clone()
         tokens = None if token_ids is None else token_ids[:num_rows].clone().numpy()
         routes = Routes(ids.numpy(), weights.numpy(), tokens)
         return _HostPending(routes, ids.nbytes + weights.nbytes)
+
+    def take_array(self, tensor: Tensor) -> Pending:
+        return _HostPending(tensor.numpy(), tensor.nbytes)
 
 
 class StreamApi(Protocol):
@@ -98,17 +107,31 @@ class CudaStreamApi:
 class _StreamPending:
     """Keeps the device clones alive until the side stream has read them."""
 
-    def __init__(self, clones: list[Tensor], copies: list[Tensor], event: Any) -> None:
+    def __init__(
+        self,
+        clones: list[Tensor],
+        copies: list[Tensor],
+        event: Any,
+        make: Callable[..., Any],
+    ) -> None:
+        self._make = make
         self._clones = clones
         self._copies = copies
         self._event = event
         self.nbytes = sum(item.nbytes for item in copies)
 
-    def resolve(self) -> Routes:
+    def resolve(self) -> Any:
         self._event.synchronize()
         self._clones.clear()
-        ids, weights, *tokens = (item.numpy() for item in self._copies)
-        return Routes(ids, weights, tokens[0] if tokens else None)
+        return self._make(*(item.numpy() for item in self._copies))
+
+
+def _routes(ids: Any, weights: Any, token_ids: Any = None) -> Routes:
+    return Routes(ids, weights, token_ids)
+
+
+def _only(array: Any) -> Any:
+    return array
 
 
 class StreamSnapshotter:
@@ -119,9 +142,15 @@ class StreamSnapshotter:
         self._side = api.new_stream()
 
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        clones = [buffer.ids[:num_rows].clone(), buffer.weights[:num_rows].clone()]
+        clones = [buffer.select_ids(num_rows).clone(), buffer.select_weights(num_rows).clone()]
         if token_ids is not None:
             clones.append(token_ids[:num_rows].clone())
+        return self._copy(clones, _routes)
+
+    def take_array(self, tensor: Tensor) -> Pending:
+        return self._copy([tensor], _only)
+
+    def _copy(self, clones: list[Tensor], make: Callable[..., Any]) -> Pending:
         copies = [self._api.pinned_like(item) for item in clones]
         # The side stream may read the clones only after the compute stream has written them.
         self._side.wait_stream(self._api.current_stream())
@@ -130,7 +159,7 @@ class StreamSnapshotter:
             for copy, clone in zip(copies, clones, strict=True):
                 copy.copy_(clone, non_blocking=True)
             event.record(self._side)
-        return _StreamPending(clones, copies, event)
+        return _StreamPending(clones, copies, event, make)
 
 
 #: Device type -> how to snapshot there. A type that is missing is refused at start.

@@ -60,6 +60,16 @@ class Writer:
         """Bytes of routes that wait now."""
         return self._waiting_bytes
 
+    @property
+    def waiting_steps(self) -> int:
+        """Steps that wait now, the one being written included."""
+        return len(self._steps)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the end record is written, or the file given up."""
+        return not self._thread.is_alive()
+
     def put(self, step: Step) -> None:
         """Queue a step. Called on the engine thread."""
         size = step.pending.nbytes if step.pending is not None else 0
@@ -75,12 +85,18 @@ class Writer:
     def close(self, reason: str, timeout: float) -> None:
         """Write what waits and the end record.
 
+        Args:
+            reason: for the end record.
+            timeout: seconds to wait for that; 0 does not wait, see :attr:`closed`.
+
         Raises:
             RouteLogError: it took longer than ``timeout`` seconds, or writing failed.
         """
         with self._changed:
-            self._closing = reason
+            self._closing = self._closing or reason
             self._changed.notify_all()
+        if timeout == 0:
+            return
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise RouteLogError(

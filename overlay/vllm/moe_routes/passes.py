@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``per_pass`` mode's file: one line a forward pass. Runs on the writer thread."""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from vllm.moe_routes import tally
+from vllm.moe_routes.formats import jsonl
+from vllm.moe_routes.rows import Step
+from vllm.moe_routes.session import create, now
+from vllm.moe_routes.tally import FORWARD_MODES, PassTokens, Shape, Tally
+
+#: What a full dump can show: the latest passes, within both bounds.
+KEPT_RECORDS = 1000
+KEPT_BYTES = 16 << 20
+
+
+class Kept(NamedTuple):
+    """A pass that a full dump can show.
+
+    Attributes:
+        record: its line.
+        counts: [L, width] int32.
+    """
+
+    record: dict[str, Any]
+    counts: npt.NDArray[np.int32]
+
+
+class PassLog:
+    """Turns counted steps into lines.
+
+    Args:
+        path: file to create; the header is written and flushed before this returns.
+        header: the meta record without its ``start_time``.
+        shape: what is counted over.
+        rank: this worker's, for the records.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], shape: Shape, rank: int) -> None:
+        self.path = path
+        self.tally = Tally(shape)
+        #: Held while the figures below change, so that a dump sees whole passes only.
+        self.lock = threading.Lock()
+        self.first: dict[str, Any] | None = None
+        self.kept: deque[Kept] = deque()
+        self._kept_bytes = 0
+        self._shape = shape
+        self._rank = rank
+        self.passes_unfinished = 0
+        self.bytes = 0
+        self.rows = 0
+        #: Rows lost, by cause. A row is one token in one layer.
+        self.drops = {"queue_full": 0, "not_captured": 0, "write_error": 0}
+        self._dropped_tokens = 0
+        self.started = time.time()
+        self.end: dict[str, Any] | None = None
+        first_line = jsonl.encode_object({**header, "start_time": now()})
+        self._file = create(path)
+        self._put(first_line)
+        self._file.flush()
+
+    def consume(self, step: Step) -> None:
+        """Write one pass."""
+        if not step.req_ids:
+            return
+        tokens = tally.pass_tokens(
+            step.num_scheduled_tokens, step.num_computed_tokens, step.num_prompt_tokens
+        )
+        if step.pending is None:
+            self._dropped_tokens += tokens.total
+            self.drops["queue_full"] += tokens.total * len(self._shape.layers)
+            return
+        counts = step.pending.resolve()
+        record = self._record(step, tokens, counts)
+        lost = tally.lost_choices(counts, tokens.total, self._shape)
+        # A row that lost any of its choices is no whole row.
+        lost_rows = int(np.minimum(lost, tokens.total).sum())
+        self._put(jsonl.encode_object(record))
+        with self.lock:
+            self.tally.add(tokens, counts)
+            self.rows += tokens.total * len(self._shape.layers) - lost_rows
+            self.drops["not_captured"] += lost_rows
+            self.first = self.first or record
+            self._keep(Kept(record, counts.astype(np.int32)))
+
+    def _record(self, step: Step, tokens: PassTokens, counts: npt.NDArray[Any]) -> dict[str, Any]:
+        touched = tally.activation(counts, self._shape)
+        ends = step.num_computed_tokens.astype(np.int64) + step.num_scheduled_tokens
+        return {
+            "forward_pass_id": step.forward_pass_id,
+            "batch_size": int(np.count_nonzero(step.num_scheduled_tokens)),
+            "latency": round(step.elapsed(), 6),
+            "seq_lens_sum": int(ends[step.num_scheduled_tokens > 0].sum()),
+            "forward_mode": FORWARD_MODES[tokens.forward_mode],
+            "expert_activation": touched["avg_activated_per_layer"],
+            "type": "pass",
+            "rank": self._rank,
+            "prefill_tokens": tokens.prefill,
+            "decode_tokens": tokens.decode,
+            "total_activated_experts": touched["total_activated_experts"],
+            "expert_utilization": touched["expert_utilization"],
+            "max_over_mean": tally.max_over_mean(counts, self._shape),
+        }
+
+    def _keep(self, kept: Kept) -> None:
+        self.kept.append(kept)
+        self._kept_bytes += kept.counts.nbytes
+        while len(self.kept) > KEPT_RECORDS or self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self.kept.popleft().counts.nbytes
+
+    def lose(self, step: Step) -> None:
+        """Account for a pass that can't be written any more."""
+        tokens = int(step.num_scheduled_tokens.sum())
+        self._dropped_tokens += tokens
+        self.drops["write_error"] += tokens * len(self._shape.layers)
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+        self._file.flush()
+
+    def close(self, reason: str) -> None:
+        """Write the end record, with the sum of all counts, and close the file."""
+        end = {
+            "type": "end",
+            "reason": reason,
+            **self.totals(),
+            "self_check": self.verdict(),
+            "expert_counts": self.tally.counts[:, :, :-1].sum(axis=0).tolist(),
+            "end_time": now(),
+        }
+        self._put(jsonl.encode_object(end))
+        self._file.close()
+        self.end = {name: value for name, value in end.items() if name != "expert_counts"}
+
+    def abandon(self) -> None:
+        """Give up on the file after a write error; what reached it stays readable."""
+        # What the buffer still holds can't be written either: the same error, already told.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def totals(self) -> dict[str, Any]:
+        """The counters as they stand; may be read from any thread."""
+        return {
+            "rows": self.rows,
+            "passes": sum(self.tally.passes),
+            "passes_unfinished": self.passes_unfinished,
+            **self.tally.facts(),
+            "bytes": self.bytes,
+            "drops": dict(self.drops),
+        }
+
+    def verdict(self) -> dict[str, Any]:
+        """The self-check as it stands."""
+        return tally.verdict(
+            self.tally.counts.sum(axis=0),
+            sum(self.tally.tokens),
+            self._shape,
+            self._dropped_tokens,
+            self.passes_unfinished,
+        )
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self.bytes += len(data)

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recording in one of three modes, fed from the same capture buffer.
+
+``stat`` adds counts up on the device; ``per_pass`` counts every pass on the device and writes a
+line for it; ``per_token`` copies every token's choices out and writes a line for each. Methods run
+on the worker's engine thread unless they say otherwise.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from vllm.logger import init_logger
+from vllm.moe_routes import tally
+from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.clock import Clock
+from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.counting import Counter
+from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.passes import PassLog
+from vllm.moe_routes.rows import Step, StopRule
+from vllm.moe_routes.session import Session
+from vllm.moe_routes.snapshot import Snapshotter
+from vllm.moe_routes.tally import Shape, Tally
+from vllm.moe_routes.writer import Writer
+
+logger = init_logger(__name__)
+
+
+class Source(NamedTuple):
+    """What every recording of a worker reads from.
+
+    Attributes:
+        runner: the model runner.
+        buffer: the whole capture buffer.
+        snapshotter: the device's.
+        clock: the device's.
+        config: the switches.
+        rank: of this worker among all of the engine's, over data-parallel ranks.
+    """
+
+    runner: Any
+    buffer: CaptureBuffer
+    snapshotter: Snapshotter
+    clock: Clock
+    config: RouteLogConfig
+    rank: int
+
+
+class Recording:
+    """What the modes share: the bounds of a step, and who lost what.
+
+    Args:
+        source: what to read from.
+        layers: the layers of this recording, in slot order.
+        slots: their slots in the capture buffer.
+    """
+
+    mode: str
+
+    def __init__(self, source: Source, layers: Sequence[MoELayer], slots: Sequence[int]) -> None:
+        self._source = source
+        self._buffer = source.buffer.narrowed(slots)
+        self.layers = list(layers)
+        self.shape = Shape.of(layers)
+        self.since = time.time()
+        self.stopped_at: float | None = None
+        #: Forward passes that began and never ended: the engine raised an error in them.
+        self.passes_unfinished = 0
+        self._in_pass = False
+
+    def begin(self, scheduler_output: Any) -> None:
+        """Note what a step starts and ends. Also called for steps without a forward pass."""
+        # Still set where the pass before raised an error: what it routed is nowhere.
+        self.passes_unfinished += self._in_pass
+        num_rows = scheduler_output.total_num_scheduled_tokens
+        self._in_pass = num_rows > 0
+        # Warm-up passes, padding and older passes left rows there, which a layer that does not
+        # fire would repeat.
+        self._buffer.clear(num_rows)
+
+    def end(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
+        """Take the forward pass that just ran. Never raises: the engine must go on.
+
+        Args:
+            num_scheduled_tokens: [R] rows of every request, in batch order.
+        """
+        try:
+            self._take(num_scheduled_tokens)
+        except Exception as error:
+            self._fail(error)
+        self._in_pass = False
+
+    def stop(self, reason: str, timeout: float) -> None:
+        """End the recording; see ``Writer.close`` for ``timeout``."""
+        self.passes_unfinished += self._in_pass
+        self._in_pass = False
+        self.stopped_at = time.time()
+        self._close(reason, timeout)
+
+    def dump(self, max_records: int) -> dict[str, Any]:
+        """Everything counted so far; changes nothing.
+
+        Args:
+            max_records: most records of single passes to return.
+
+        Returns:
+            ``counts`` as little-endian int64 bytes of ``shape`` [3, L, E], in the order of
+            ``tally.FORWARD_MODES``, and what they belong to.
+        """
+        counts, facts = self._counted(max_records)
+        every = counts.sum(axis=0)
+        return {
+            "layers": [item.layer for item in self.layers],
+            "num_experts": self.shape.num_experts,
+            "top_k": max(item.top_k for item in self.layers),
+            "shape": [*counts.shape[:2], self.shape.num_experts],
+            "counts": counts[:, :, :-1].astype("<i8").tobytes(),
+            "activation": tally.activation(every, self.shape),
+            "layer_balance": tally.layer_balance(every, self.shape).tolist(),
+            **facts,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Where the recording stands."""
+        return {
+            "recorded_mode": self.mode,
+            "recorded_layers": [item.layer for item in self.layers],
+            "since": self.since,
+            "stopped_at": self.stopped_at,
+            **self._status(),
+        }
+
+    def _arrays(self, num_reqs: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The runner's own arrays: computed tokens and prompt tokens of the batch's requests."""
+        batch = self._source.runner.input_batch
+        return batch.num_computed_tokens_cpu[:num_reqs], batch.num_prompt_tokens[:num_reqs]
+
+    @property
+    def closed(self) -> bool:
+        """Whether everything is written and the file closed."""
+        raise NotImplementedError
+
+    def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
+        raise NotImplementedError
+
+    def _fail(self, error: Exception) -> None:
+        raise NotImplementedError
+
+    def _close(self, reason: str, timeout: float) -> None:
+        raise NotImplementedError
+
+    def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        raise NotImplementedError
+
+    def _status(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class StatRecording(Recording):
+    """Cumulative counts on the device, nothing else."""
+
+    mode = "stat"
+
+    def __init__(self, source: Source, layers: Sequence[MoELayer], slots: Sequence[int]) -> None:
+        super().__init__(source, layers, slots)
+        self._counter = Counter(self._buffer, self.shape)
+        self._device_counts = self._counter.zeros(len(tally.FORWARD_MODES))
+        #: Its counts stay zero: they are on the device.
+        self._tally = Tally(self.shape)
+        self._error: str | None = None
+        self._verdict: dict[str, Any] | None = None
+        self._lost_rows = 0
+        self._passes_lost = 0
+
+    def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
+        computed, prompt = self._arrays(len(num_scheduled_tokens))
+        tokens = tally.pass_tokens(num_scheduled_tokens, computed, prompt)
+        self._counter.add(self._device_counts[tokens.forward_mode], tokens.total)
+        self._tally.add_pass(tokens)
+
+    def _fail(self, error: Exception) -> None:
+        self._passes_lost += 1
+        if self._error is None:
+            self._error = f"{type(error).__name__}: {error}"
+            logger.exception("A pass could not be counted; generation goes on. %s", self._error)
+
+    def _close(self, reason: str, timeout: float) -> None:
+        self._counted(0)
+
+    @property
+    def closed(self) -> bool:
+        return True
+
+    def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        # Waits for the passes in flight, for no longer than one of them takes.
+        counts = self._device_counts.cpu().numpy()
+        every, tokens = counts.sum(axis=0), sum(self._tally.tokens)
+        lost = tally.lost_choices(every, tokens, self.shape)
+        self._lost_rows = int(np.minimum(lost, tokens).sum())
+        unfinished = self.passes_unfinished + self._passes_lost
+        self._verdict = tally.verdict(every, tokens, self.shape, 0, unfinished)
+        return counts, self._status()
+
+    def _status(self) -> dict[str, Any]:
+        rows = sum(self._tally.tokens) * len(self.layers)
+        return {
+            "path": None,
+            "so_far": {
+                "rows": rows - self._lost_rows,
+                "passes": sum(self._tally.passes),
+                "passes_unfinished": self.passes_unfinished,
+                **self._tally.facts(),
+                "bytes": 0,
+                "drops": {"not_captured": self._lost_rows},
+            },
+            "waiting_bytes": 0,
+            "waiting_passes": 0,
+            "self_check": self._verdict,
+            "end": None,
+            "error": self._error,
+        }
+
+
+class _FileRecording(Recording):
+    """A recording with a sink and a writer thread behind it."""
+
+    _sink: Session | PassLog
+
+    def _write_to(self, sink: Session | PassLog) -> None:
+        self._sink = sink
+        config = self._source.config
+        self._writer = Writer(sink, config.queue_bytes, config.on_full, config.flush_seconds)
+        self._step_id = 0
+
+    def begin(self, scheduler_output: Any) -> None:
+        super().begin(scheduler_output)
+        self._sink.passes_unfinished = self.passes_unfinished
+
+    def _fail(self, error: Exception) -> None:
+        self._writer.fail(error)
+
+    def _close(self, reason: str, timeout: float) -> None:
+        self._sink.passes_unfinished = self.passes_unfinished
+        self._writer.close(reason, timeout)
+
+    @property
+    def closed(self) -> bool:
+        return self.stopped_at is not None and self._writer.closed
+
+    def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        with self._sink.lock:
+            return self._sink.tally.counts.copy(), {**self._status(), **self._records(max_records)}
+
+    def _records(self, max_records: int) -> dict[str, Any]:
+        return {}
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "path": str(self._sink.path),
+            "so_far": self._sink.totals(),
+            "waiting_bytes": self._writer.waiting_bytes,
+            "waiting_passes": self._writer.waiting_steps,
+            "self_check": self._sink.end["self_check"] if self._sink.end else self._sink.verdict(),
+            "end": self._sink.end,
+            "error": self._writer.error,
+        }
+
+
+class PassRecording(_FileRecording):
+    """A line a forward pass."""
+
+    mode = "per_pass"
+
+    def __init__(
+        self,
+        source: Source,
+        layers: Sequence[MoELayer],
+        slots: Sequence[int],
+        path: Path,
+        header: dict[str, Any],
+    ) -> None:
+        super().__init__(source, layers, slots)
+        self._counter = Counter(self._buffer, self.shape)
+        self._passes = PassLog(path, {**header, "mode": self.mode}, self.shape, source.rank)
+        self._write_to(self._passes)
+
+    def begin(self, scheduler_output: Any) -> None:
+        super().begin(scheduler_output)
+        self._source.clock.start()
+
+    def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
+        counts = self._counter.zeros()
+        self._counter.add(counts, int(num_scheduled_tokens.sum()))
+        elapsed = self._source.clock.stop()
+        computed, prompt = self._arrays(len(num_scheduled_tokens))
+        self._writer.put(
+            Step(
+                forward_pass_id=self._step_id,
+                req_ids=self._source.runner.input_batch.req_ids.copy(),
+                num_scheduled_tokens=num_scheduled_tokens.copy(),
+                num_computed_tokens=computed.copy(),
+                num_prompt_tokens=prompt.copy(),
+                new_requests=(),
+                stop_rules={},
+                finished=(),
+                pending=self._source.snapshotter.take_array(counts),
+                elapsed=elapsed,
+            )
+        )
+        self._step_id += 1
+
+    def _records(self, max_records: int) -> dict[str, Any]:
+        kept = list(self._passes.kept)[-max_records:] if max_records else []
+        counts = [item.counts[:, :-1] for item in kept]
+        return {
+            "first_record": self._passes.first,
+            # As text, which is quickest on its way through two processes.
+            "records": msgspec.json.encode([item.record for item in kept]),
+            "record_counts": np.array(counts, dtype="<i4").tobytes(),
+        }
+
+
+class TokenRecording(_FileRecording):
+    """A line a token and layer."""
+
+    mode = "per_token"
+
+    def __init__(
+        self,
+        source: Source,
+        layers: Sequence[MoELayer],
+        slots: Sequence[int],
+        path: Path,
+        header: dict[str, Any],
+    ) -> None:
+        super().__init__(source, layers, slots)
+        self._write_to(Session(path, header, layers, source.buffer.not_an_id))
+        self._finished: list[str] = []
+        self._new: set[str] = set()
+        self._known: set[str] = set()
+
+    def begin(self, scheduler_output: Any) -> None:
+        super().begin(scheduler_output)
+        self._finished.extend(scheduler_output.finished_req_ids)
+        self._known.difference_update(scheduler_output.finished_req_ids)
+        self._new = {item.req_id for item in scheduler_output.scheduled_new_reqs}
+
+    def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
+        runner = self._source.runner
+        req_ids = runner.input_batch.req_ids
+        computed, prompt = self._arrays(len(num_scheduled_tokens))
+        runs_ahead = runner.use_async_scheduling
+        step = Step(
+            forward_pass_id=self._step_id,
+            req_ids=req_ids.copy(),
+            num_scheduled_tokens=num_scheduled_tokens.copy(),
+            num_computed_tokens=computed.copy(),
+            num_prompt_tokens=prompt.copy(),
+            new_requests=self._new,
+            stop_rules=self._stop_rules(req_ids) if runs_ahead else {},
+            finished=self._finished,
+            pending=self._source.snapshotter.take(
+                self._buffer,
+                int(num_scheduled_tokens.sum()),
+                runner.input_ids.gpu if runs_ahead else None,
+            ),
+        )
+        self._finished = []
+        self._step_id += 1
+        self._writer.put(step)
+
+    def _stop_rules(self, req_ids: list[str]) -> dict[str, StopRule]:
+        """Rules of the requests that this recording sees for the first time."""
+        first_seen = [raw_id for raw_id in req_ids if raw_id not in self._known]
+        self._known.update(first_seen)
+        requests = self._source.runner.requests
+        rules = {raw_id: _stop_rule(requests[raw_id].sampling_params) for raw_id in first_seen}
+        return {raw_id: rule for raw_id, rule in rules.items() if rule is not None}
+
+    def _close(self, reason: str, timeout: float) -> None:
+        if self._finished:
+            self._writer.put(_only_finished(self._finished))
+        super()._close(reason, timeout)
+
+
+def _stop_rule(params: Any) -> StopRule | None:
+    """What ends a request that samples with ``params`` (a ``SamplingParams`` or None)."""
+    if params is None:
+        return None
+    stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
+    return StopRule(frozenset(stops or ()), params.min_tokens)
+
+
+def _only_finished(finished: list[str]) -> Step:
+    """A step without a forward pass, to end requests."""
+    none = np.zeros(0, dtype=np.int32)
+    return Step(-1, [], none, none, none, (), {}, finished, None)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often every expert was chosen: the figures that all three modes add up to. Pure.
+
+A forward pass is a ``prefill`` pass when all its tokens are prompt tokens, a ``decode`` pass when
+all are generated ones, and ``mixed`` otherwise. Counts are kept by that, which the host knows
+without looking at the routes, so that no mode has to copy anything per token to tell them apart.
+They cover everything that was executed, recomputed and overrun rows included: that is the load.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from vllm.moe_routes.layers import MoELayer
+
+#: Kinds of forward pass, in the order of a tally's first axis.
+FORWARD_MODES = ("prefill", "decode", "mixed")
+
+
+class PassTokens(NamedTuple):
+    """Tokens of one pass by phase, known to the host before it runs."""
+
+    prefill: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        return self.prefill + self.decode
+
+    @property
+    def forward_mode(self) -> int:
+        """Index into :data:`FORWARD_MODES`."""
+        if self.prefill and self.decode:
+            return 2
+        return 1 if self.decode else 0
+
+
+def pass_tokens(
+    num_scheduled_tokens: npt.NDArray[Any],
+    num_computed_tokens: npt.NDArray[Any],
+    num_prompt_tokens: npt.NDArray[Any],
+) -> PassTokens:
+    """Count a pass's prompt tokens and generated tokens.
+
+    Args:
+        num_scheduled_tokens: [R] rows of every request.
+        num_computed_tokens: [R] position of every request's first row.
+        num_prompt_tokens: [R].
+    """
+    left = np.maximum(num_prompt_tokens.astype(np.int64) - num_computed_tokens, 0)
+    prefill = int(np.minimum(num_scheduled_tokens, left).sum())
+    return PassTokens(prefill, int(num_scheduled_tokens.sum()) - prefill)
+
+
+class Shape(NamedTuple):
+    """What counts are counted over.
+
+    Attributes:
+        layers: the recorded layers, in slot order.
+        width: columns of a count: every expert id of any layer, and a last one for lost choices.
+        padding: [L] columns of a row that a layer with a smaller top_k leaves empty.
+    """
+
+    layers: Sequence[MoELayer]
+    width: int
+    padding: npt.NDArray[Any]
+
+    @classmethod
+    def of(cls, layers: Sequence[MoELayer]) -> "Shape":
+        most = max(item.top_k for item in layers)
+        padding = np.array([most - item.top_k for item in layers], dtype=np.int64)
+        return cls(layers, max(item.num_experts for item in layers) + 1, padding)
+
+    @property
+    def num_experts(self) -> int:
+        return self.width - 1
+
+
+def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.int64]:
+    """Count one pass's choices on the host.
+
+    Args:
+        topk_ids: [n, L, K]; ``not_an_id`` (255 as uint8, -1 as int16) where nothing was captured.
+        shape: what to count over.
+
+    Returns:
+        [L, width] int64; the last column holds what is no expert id, padding included.
+    """
+    num_layers = len(shape.layers)
+    ids = topk_ids.astype(np.int64) & 0xFFFF  # -1 as int16 is no small number then
+    np.minimum(ids, shape.num_experts, out=ids)
+    ids += np.arange(num_layers)[None, :, None] * shape.width
+    counted = np.bincount(ids.ravel(), minlength=num_layers * shape.width)
+    return counted.reshape(num_layers, shape.width).astype(np.int64)
+
+
+class Tally:
+    """Totals of one recording.
+
+    Attributes:
+        counts: [3, L, width] int64 choices by kind of pass, layer and expert; see ``Shape``.
+        passes: [3] forward passes by kind.
+        tokens: [2] tokens: prompt, generated.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.counts = np.zeros((len(FORWARD_MODES), len(shape.layers), shape.width), dtype=np.int64)
+        self.passes = [0, 0, 0]
+        self.tokens = [0, 0]
+
+    def add_pass(self, tokens: PassTokens) -> None:
+        """Account for a pass, whose counts may be kept elsewhere."""
+        self.passes[tokens.forward_mode] += 1
+        self.tokens[0] += tokens.prefill
+        self.tokens[1] += tokens.decode
+
+    def add(self, tokens: PassTokens, counts: npt.NDArray[Any]) -> None:
+        """Account for a pass and its [L, width] counts."""
+        self.add_pass(tokens)
+        self.counts[tokens.forward_mode] += counts
+
+    def facts(self) -> dict[str, Any]:
+        """Passes and tokens, for a status."""
+        return {
+            "passes_by_mode": dict(zip(FORWARD_MODES, self.passes, strict=True)),
+            "tokens": {"prefill": self.tokens[0], "decode": self.tokens[1]},
+        }
+
+
+def lost_choices(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> npt.NDArray[np.int64]:
+    """Choices of every layer that are no expert of that layer: [L] int64.
+
+    Args:
+        counts: [L, width], of passes with ``tokens`` tokens in all.
+        tokens: executed tokens.
+        shape: what was counted over.
+    """
+    lost: npt.NDArray[np.int64] = counts[:, -1].astype(np.int64) - tokens * shape.padding
+    for slot, item in enumerate(shape.layers):
+        lost[slot] += counts[slot, item.num_experts : shape.num_experts].sum()
+    return lost
+
+
+def verdict(
+    counts: npt.NDArray[Any], tokens: int, shape: Shape, dropped: int, unfinished: int
+) -> dict[str, Any]:
+    """The self-check of a mode that keeps counts only.
+
+    Args:
+        counts: [L, width].
+        tokens: executed tokens of the passes counted.
+        shape: what was counted over.
+        dropped: tokens of passes that were dropped.
+        unfinished: passes that began and never ended.
+
+    Returns:
+        The verdict as it stands in a log's end record: ``verdict`` and ``checks``.
+    """
+    lost = lost_choices(counts, tokens, shape)
+    wanted = np.array([item.top_k for item in shape.layers], dtype=np.int64) * tokens
+    counted = counts[:, :-1].sum(axis=1)
+    good = f"{tokens} tokens x {len(shape.layers)} layers"
+    checks = [
+        _check("every layer fired in every pass, expert ids in range", lost, shape, good),
+        _check("choices = tokens x top_k", counted - wanted, shape, good),
+        _none("no pass was dropped", dropped, "tokens in dropped passes"),
+        _none("every pass that began ended", unfinished, "passes began and raised an error"),
+    ]
+    failed = any(item["verdict"] == "fail" for item in checks)
+    return {"verdict": "fail" if failed else "pass", "checks": checks}
+
+
+def _none(name: str, found: int, what: str) -> dict[str, str]:
+    return {"name": name, "verdict": "fail" if found else "pass", "detail": f"{found} {what}"}
+
+
+def _check(name: str, off: npt.NDArray[Any], shape: Shape, good: str) -> dict[str, str]:
+    where = np.flatnonzero(off)
+    if where.size == 0:
+        return {"name": name, "verdict": "pass", "detail": good}
+    layers = ",".join(str(shape.layers[i].layer) for i in where[:8])
+    more = ",…" if where.size > 8 else ""
+    detail = f"off by {int(np.abs(off).sum())} choices, in layers {layers}{more}"
+    return {"name": name, "verdict": "fail", "detail": detail}
+
+
+def activation(counts: npt.NDArray[Any], shape: Shape) -> dict[str, float]:
+    """How many experts a count touches.
+
+    ``total_activated_experts`` = sum over layers of the experts with a count above 0;
+    ``avg_activated_per_layer`` = that / layers; ``expert_utilization`` = that / sum over layers of
+    the layer's experts, 0 to 1.
+
+    Args:
+        counts: [L, width].
+        shape: what was counted over.
+    """
+    touched = int(np.count_nonzero(counts[:, :-1]))
+    experts = sum(item.num_experts for item in shape.layers)
+    return {
+        "total_activated_experts": float(touched),
+        "avg_activated_per_layer": round(touched / len(shape.layers), 3),
+        "expert_utilization": round(touched / experts, 4),
+    }
+
+
+def max_over_mean(counts: npt.NDArray[Any], shape: Shape) -> float | None:
+    """Mean over layers of max(c) / mean(c) of the layer's experts: 1 is even; None without counts.
+
+    Args:
+        counts: [L, width].
+        shape: what was counted over.
+    """
+    ratios = layer_balance(counts, shape)
+    return round(float(np.mean(ratios)), 4) if ratios.size else None
+
+
+def layer_balance(counts: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.float64]:
+    """max(c) / mean(c) of every layer, 1 to experts: [L] float64; empty without counts."""
+    ratios = []
+    for slot, item in enumerate(shape.layers):
+        own = counts[slot, : item.num_experts]
+        total = own.sum()
+        if total:
+            ratios.append(float(own.max()) * item.num_experts / float(total))
+    return np.array(ratios if len(ratios) == len(shape.layers) else [], dtype=np.float64)
