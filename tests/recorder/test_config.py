@@ -55,9 +55,10 @@ def test_every_switch_is_heard() -> None:
         VLLM_LOG_MOE_AUTOSTART="0",
         VLLM_LOG_MOE_QUEUE_MB="1.5",
         VLLM_LOG_MOE_ON_FULL="drop",
+        VLLM_LOG_MOE_WEIGHTS="float16",
         VLLM_LOG_MOE_FLUSH_SECONDS="0.25",
     )
-    assert config == RouteLogConfig(LOG, "0,3-5", False, 1572864, "drop", 0.25)
+    assert config == RouteLogConfig(LOG, "0,3-5", False, 1572864, "drop", 0.25, "float16")
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +71,9 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("VLLM_LOG_MOE", "/logs/x.parquet", "does not end in .jsonl"),
-        ("VLLM_LOG_MOE", "/logs/", "does not end in .jsonl"),
+        ("VLLM_LOG_MOE", "/logs/x.csv", "does not end in .jsonl or .parquet"),
+        ("VLLM_LOG_MOE", "/logs/", "does not end in .jsonl or .parquet"),
+        ("VLLM_LOG_MOE_WEIGHTS", "bfloat16", "use float32 or float16"),
         ("VLLM_LOG_MOE_AUTOSTART", "true", "use 0 or 1"),
         ("VLLM_LOG_MOE_AUTOSTART", "", "use 0 or 1"),
         ("VLLM_LOG_MOE_ON_FULL", "wait", "use block or drop"),

@@ -13,7 +13,7 @@ from vllm.moe_routes.errors import RouteLogError
 #: a compiled graph's meaning on the platforms that key a cache on the environment, so ``vllm.envs``
 #: also leaves them out of that key.
 VARIABLES: dict[str, Callable[[], Any]] = {
-    # Path of the JSONL file to write; recording is armed by it. Unset: the recorder does not exist.
+    # Log to write: a .jsonl file or a .parquet directory. Unset: the recorder does not exist.
     "VLLM_LOG_MOE": lambda: os.getenv("VLLM_LOG_MOE"),
     # Layers to record: "all", or layer indices and ranges such as "0,3-5".
     "VLLM_LOG_MOE_LAYERS": lambda: os.getenv("VLLM_LOG_MOE_LAYERS", "all"),
@@ -23,11 +23,15 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     "VLLM_LOG_MOE_QUEUE_MB": lambda: os.getenv("VLLM_LOG_MOE_QUEUE_MB", "256"),
     # What a full queue does: "block" the engine (nothing is lost) or "drop" the pass (counted).
     "VLLM_LOG_MOE_ON_FULL": lambda: os.getenv("VLLM_LOG_MOE_ON_FULL", "block"),
-    # Rows reach the file at most this many seconds after their pass.
+    # Rows reach the file at most this many seconds after their pass (Parquet: at least 30).
     "VLLM_LOG_MOE_FLUSH_SECONDS": lambda: os.getenv("VLLM_LOG_MOE_FLUSH_SECONDS", "1.0"),
+    # Precision of weights in Parquet: "float32" (exact) or "float16".
+    "VLLM_LOG_MOE_WEIGHTS": lambda: os.getenv("VLLM_LOG_MOE_WEIGHTS", "float32"),
 }
 
 ON_FULL = ("block", "drop")
+SUFFIXES = (".jsonl", ".parquet")
+WEIGHTS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class RouteLogConfig:
         autostart: record from the first real forward pass on.
         queue_bytes: bound of the writer's queue, in bytes of captured arrays.
         on_full: "block" or "drop".
-        flush_seconds: longest time between a row's pass and its line in the file.
+        flush_seconds: longest time between a row's pass and its place in the file.
+        weights: precision of weights in Parquet, one of ``WEIGHTS``.
     """
 
     path: Path
@@ -49,6 +54,7 @@ class RouteLogConfig:
     queue_bytes: int = 256 << 20
     on_full: str = "block"
     flush_seconds: float = 1.0
+    weights: str = "float32"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "RouteLogConfig | None":
@@ -72,6 +78,9 @@ class RouteLogConfig:
         autostart = env.get("VLLM_LOG_MOE_AUTOSTART", "1")
         if autostart not in ("0", "1"):
             raise RouteLogError(f"VLLM_LOG_MOE_AUTOSTART={autostart!r}; use 0 or 1")
+        weights = env.get("VLLM_LOG_MOE_WEIGHTS", "float32")
+        if weights not in WEIGHTS:
+            raise RouteLogError(f"VLLM_LOG_MOE_WEIGHTS={weights!r}; use {' or '.join(WEIGHTS)}")
         return cls(
             path=log_path(path, "VLLM_LOG_MOE="),
             layers=env.get("VLLM_LOG_MOE_LAYERS", "all"),
@@ -79,6 +88,7 @@ class RouteLogConfig:
             queue_bytes=int(_number(env, "VLLM_LOG_MOE_QUEUE_MB", "256", 1, 1 << 20) * (1 << 20)),
             on_full=on_full,
             flush_seconds=_number(env, "VLLM_LOG_MOE_FLUSH_SECONDS", "1.0", 0.01, 3600),
+            weights=weights,
         )
 
 
@@ -88,9 +98,10 @@ def log_path(text: str, said_by: str = "route log ") -> Path:
     Raises:
         RouteLogError: its name does not say what it holds.
     """
-    if not text.endswith(".jsonl"):
+    if not text.endswith(SUFFIXES):
         raise RouteLogError(
-            f"{said_by}{text} does not end in .jsonl; name a file such as moe_routes.jsonl"
+            f"{said_by}{text} does not end in .jsonl or .parquet; name a file such as "
+            "moe_routes.jsonl"
         )
     return Path(text).absolute()
 

@@ -12,7 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
-from vllm.moe_routes import capture, layers, provenance, support
+from vllm.moe_routes import capture, formats, layers, provenance, support
 from vllm.moe_routes.config import RouteLogConfig, log_path
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.hooks import LogicalIds, Tap
@@ -235,13 +235,14 @@ class Recorder:
                 {**self._header, "files": names},
                 self._layers,
                 self._buffer.not_an_id,
+                self._config.weights,
             )
             self._step_id, self._finished, self._new, self._known = 0, [], set(), set()
             self._writer = Writer(
                 session,
                 self._config.queue_bytes,
                 self._config.on_full,
-                self._config.flush_seconds,
+                max(self._config.flush_seconds, formats.shortest_flush(main)),
             )
             self._session, self._recording = session, True
             # An engine in the user's own process is never told to shut its worker down.
