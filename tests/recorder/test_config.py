@@ -62,10 +62,21 @@ def test_every_switch_is_heard() -> None:
         VLLM_LOG_MOE_AUTOSTART="0",
         VLLM_LOG_MOE_QUEUE_MB="1.5",
         VLLM_LOG_MOE_ON_FULL="block",
+        VLLM_LOG_MOE_WEIGHTS="float16",
         VLLM_LOG_MOE_FLUSH_SECONDS="0.25",
     )
     assert config == RouteLogConfig(
-        LOG, "per_pass", True, Path("/recordings"), True, "0,3-5", False, 1572864, "block", 0.25
+        path=LOG,
+        mode="per_pass",
+        api=True,
+        directory=Path("/recordings"),
+        layer_metrics=True,
+        layers="0,3-5",
+        autostart=False,
+        queue_bytes=1572864,
+        on_full="block",
+        flush_seconds=0.25,
+        weights="float16",
     )
 
 
@@ -79,7 +90,12 @@ def test_the_api_alone_arms_the_recorder_and_never_waits_for_a_disk() -> None:
 
 def test_stat_writes_no_file_and_says_so() -> None:
     with pytest.raises(RouteLogError, match="stat keeps counts and writes no file"):
-        _config(VLLM_LOG_MOE_MODE="stat")
+        _config(VLLM_LOG_MOE_MODE="stat", VLLM_LOG_MOE_API="1")
+
+
+def test_only_single_tokens_go_into_parquet() -> None:
+    with pytest.raises(RouteLogError, match=r"does not end in \.jsonl"):
+        _config(VLLM_LOG_MOE="/logs/x.parquet", VLLM_LOG_MOE_MODE="per_pass")
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +108,9 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("VLLM_LOG_MOE", "/logs/x.parquet", "does not end in .jsonl"),
-        ("VLLM_LOG_MOE", "/logs/", "does not end in .jsonl"),
+        ("VLLM_LOG_MOE", "/logs/x.csv", "does not end in .jsonl or .parquet"),
+        ("VLLM_LOG_MOE", "/logs/", "does not end in .jsonl or .parquet"),
+        ("VLLM_LOG_MOE_WEIGHTS", "bfloat16", "use float32 or float16"),
         ("VLLM_LOG_MOE_AUTOSTART", "true", "use 0 or 1"),
         ("VLLM_LOG_MOE_AUTOSTART", "", "use 0 or 1"),
         ("VLLM_LOG_MOE_MODE", "tokens", "use stat, per_pass or per_token"),
@@ -135,6 +152,9 @@ def test_other_variables_of_vllm_are_left_alone() -> None:
 def test_what_vllm_envs_registers_is_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     unset = {name: read() for name, read in VARIABLES.items()}
     assert unset.pop("VLLM_LOG_MOE") is None
+    assert unset["VLLM_LOG_MOE_MODE"] == "stat"
+    monkeypatch.setenv("VLLM_LOG_MOE", PATH["VLLM_LOG_MOE"])
+    unset["VLLM_LOG_MOE_MODE"] = VARIABLES["VLLM_LOG_MOE_MODE"]()
     assert RouteLogConfig.from_env({**PATH, **unset}) == _config()
     for name, read in VARIABLES.items():
         monkeypatch.setenv(name, "seen")

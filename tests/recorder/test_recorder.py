@@ -297,10 +297,10 @@ def test_whatever_is_called_is_answered(arm: Arm, call: tuple[Any, ...]) -> None
 
 def test_a_recording_is_not_started_into_a_file_of_another_kind(arm: Arm, tmp_path: Path) -> None:
     runner = arm()
-    answer = _do(runner, "start", path=str(tmp_path / "x.parquet"))
+    answer = _do(runner, "start", path=str(tmp_path / "x.csv"))
     assert answer["ok"] is False
     assert "does not end in .jsonl" in answer["error"]
-    assert list(tmp_path.glob("*.parquet")) == []
+    assert list(tmp_path.glob("*.csv")) == []
 
 
 def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path) -> None:
@@ -487,7 +487,7 @@ def _break_file(runner: FakeRunner) -> None:
 
     assert runner.moe_routes is not None
     session = runner.moe_routes._recording._sink  # type: ignore[union-attr]
-    session._put = full
+    session._file._put = full
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_engine(arm: Arm) -> None:

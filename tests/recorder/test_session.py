@@ -54,7 +54,7 @@ def test_the_header_is_in_the_file_before_the_first_pass(log: Path) -> None:
     session = _session(log)  # kept: closing the file would write what waits in it
     (header,) = read_lines(log)
     assert session.passes == 0
-    assert list(header) == ["type", "model_id", "top_k", "start_time"]
+    assert list(header) == ["type", "model_id", "top_k", "weights_dtype", "start_time"]
     assert {key: header[key] for key in HEADER} == HEADER
     assert datetime.fromisoformat(header["start_time"]).utcoffset() == timedelta(0)
 
@@ -298,4 +298,4 @@ def test_a_header_that_cannot_be_encoded_leaves_no_file(log: Path) -> None:
 
 def test_a_child_process_does_not_inherit_the_file(log: Path) -> None:
     session = _session(log)
-    assert not os.get_inheritable(session._file.fileno())
+    assert not os.get_inheritable(session._file._file.fileno())

@@ -13,12 +13,14 @@ from vllm.moe_routes.errors import RouteLogError
 #: a compiled graph's meaning on the platforms that key a cache on the environment, so ``vllm.envs``
 #: also leaves them out of that key.
 VARIABLES: dict[str, Callable[[], Any]] = {
-    # Path of the file to write; recording is armed by it. With this and VLLM_LOG_MOE_API unset, the
-    # recorder does not exist.
+    # Log to write: a .jsonl file or a .parquet directory; recording is armed by it. With this and
+    # VLLM_LOG_MOE_API unset, the recorder does not exist.
     "VLLM_LOG_MOE": lambda: os.getenv("VLLM_LOG_MOE"),
     # What is recorded: "per_token", "per_pass" or "stat". Default: "per_token" into VLLM_LOG_MOE,
     # "stat" where that is unset.
-    "VLLM_LOG_MOE_MODE": lambda: os.getenv("VLLM_LOG_MOE_MODE"),
+    "VLLM_LOG_MOE_MODE": lambda: os.getenv(
+        "VLLM_LOG_MOE_MODE", "per_token" if os.getenv("VLLM_LOG_MOE") else "stat"
+    ),
     # "1": `vllm serve` has the expert-distribution routes; the recorder is armed for them.
     "VLLM_LOG_MOE_API": lambda: os.getenv("VLLM_LOG_MOE_API", "0"),
     # "1": the balance of every layer stands in `/metrics` too, one series a layer.
@@ -33,12 +35,16 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     "VLLM_LOG_MOE_QUEUE_MB": lambda: os.getenv("VLLM_LOG_MOE_QUEUE_MB", "256"),
     # What a full queue does: "block" the engine (nothing is lost) or "drop" the pass (counted).
     "VLLM_LOG_MOE_ON_FULL": lambda: os.getenv("VLLM_LOG_MOE_ON_FULL", "block"),
-    # Rows reach the file at most this many seconds after their pass.
+    # Rows reach the file at most this many seconds after their pass (Parquet: at least 30).
     "VLLM_LOG_MOE_FLUSH_SECONDS": lambda: os.getenv("VLLM_LOG_MOE_FLUSH_SECONDS", "1.0"),
+    # Precision of weights in Parquet: "float32" (exact) or "float16".
+    "VLLM_LOG_MOE_WEIGHTS": lambda: os.getenv("VLLM_LOG_MOE_WEIGHTS", "float32"),
 }
 
 ON_FULL = ("block", "drop")
 MODES = ("stat", "per_pass", "per_token")
+SUFFIXES = (".jsonl", ".parquet")
+WEIGHTS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class RouteLogConfig:
         autostart: record from the first real forward pass on.
         queue_bytes: bound of the writer's queue, in bytes of captured arrays.
         on_full: "block" or "drop".
-        flush_seconds: longest time between a row's pass and its line in the file.
+        flush_seconds: longest time between a row's pass and its place in the file.
+        weights: precision of weights in Parquet, one of ``WEIGHTS``.
     """
 
     path: Path | None
@@ -68,6 +75,7 @@ class RouteLogConfig:
     queue_bytes: int = 256 << 20
     on_full: str = "block"
     flush_seconds: float = 1.0
+    weights: str = "float32"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "RouteLogConfig | None":
@@ -105,6 +113,7 @@ class RouteLogConfig:
             queue_bytes=int(_number(env, "VLLM_LOG_MOE_QUEUE_MB", "256", 1, 1 << 20) * (1 << 20)),
             on_full=_choice(env, "VLLM_LOG_MOE_ON_FULL", on_full, ON_FULL),
             flush_seconds=_number(env, "VLLM_LOG_MOE_FLUSH_SECONDS", "1.0", 0.01, 3600),
+            weights=_choice(env, "VLLM_LOG_MOE_WEIGHTS", "float32", WEIGHTS),
         )
 
 
@@ -130,9 +139,15 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
     Raises:
         RouteLogError: its name does not say what it holds.
     """
-    if not text.endswith(".jsonl"):
+    if mode == "per_pass" and not text.endswith(".jsonl"):
         raise RouteLogError(
-            f"{said_by}{text} does not end in .jsonl; name a file such as moe_routes.jsonl"
+            f"{said_by}{text} does not end in .jsonl, which mode per_pass writes; name a file such "
+            "as passes.jsonl"
+        )
+    if not text.endswith(SUFFIXES):
+        raise RouteLogError(
+            f"{said_by}{text} does not end in .jsonl or .parquet; name a file such as "
+            "moe_routes.jsonl"
         )
     return Path(text).absolute()
 

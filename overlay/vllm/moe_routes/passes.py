@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``per_pass`` mode's file: one line a forward pass. Runs on the writer thread."""
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes import tally
-from vllm.moe_routes.formats import jsonl
+from vllm.moe_routes.formats.jsonl import JsonlLog
 from vllm.moe_routes.rows import Step
-from vllm.moe_routes.session import create, now
+from vllm.moe_routes.session import now
 from vllm.moe_routes.tally import FORWARD_MODES, PassTokens, Shape, Tally
 
 #: What a full dump can show: the latest passes, within both bounds.
@@ -54,17 +53,13 @@ class PassLog:
         self._shape = shape
         self._rank = rank
         self.passes_unfinished = 0
-        self.bytes = 0
         self.rows = 0
         #: Rows lost, by cause. A row is one token in one layer.
         self.drops = {"queue_full": 0, "not_captured": 0, "write_error": 0}
         self._dropped_tokens = 0
         self.started = time.time()
         self.end: dict[str, Any] | None = None
-        first_line = jsonl.encode_object({**header, "start_time": now()})
-        self._file = create(path)
-        self._put(first_line)
-        self._file.flush()
+        self._file = JsonlLog(path, {**header, "start_time": now()}, shape.layers, "float32")
 
     def consume(self, step: Step) -> None:
         """Write one pass."""
@@ -82,7 +77,7 @@ class PassLog:
         lost = tally.lost_choices(counts, tokens.total, self._shape)
         # A row that lost any of its choices is no whole row.
         lost_rows = int(np.minimum(lost, tokens.total).sum())
-        self._put(jsonl.encode_object(record))
+        self._file.write_record(record)
         with self.lock:
             self.tally.add(tokens, counts)
             self.rows += tokens.total * len(self._shape.layers) - lost_rows
@@ -135,15 +130,12 @@ class PassLog:
             "expert_counts": self.tally.counts[:, :, :-1].sum(axis=0).tolist(),
             "end_time": now(),
         }
-        self._put(jsonl.encode_object(end))
-        self._file.close()
+        self._file.close(end)
         self.end = {name: value for name, value in end.items() if name != "expert_counts"}
 
     def abandon(self) -> None:
         """Give up on the file after a write error; what reached it stays readable."""
-        # What the buffer still holds can't be written either: the same error, already told.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._file.abandon()
 
     def totals(self) -> dict[str, Any]:
         """The counters as they stand; may be read from any thread."""
@@ -152,7 +144,7 @@ class PassLog:
             "passes": sum(self.tally.passes),
             "passes_unfinished": self.passes_unfinished,
             **self.tally.facts(),
-            "bytes": self.bytes,
+            "bytes": self._file.bytes,
             "drops": dict(self.drops),
         }
 
@@ -165,7 +157,3 @@ class PassLog:
             self._dropped_tokens,
             self.passes_unfinished,
         )
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self.bytes += len(data)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from vllm.logger import init_logger
-from vllm.moe_routes import tally
+from vllm.moe_routes import formats, tally
 from vllm.moe_routes.capture import CaptureBuffer
 from vllm.moe_routes.clock import Clock
 from vllm.moe_routes.config import RouteLogConfig
@@ -234,7 +234,8 @@ class _FileRecording(Recording):
     def _write_to(self, sink: Session | PassLog) -> None:
         self._sink = sink
         config = self._source.config
-        self._writer = Writer(sink, config.queue_bytes, config.on_full, config.flush_seconds)
+        flush_seconds = max(config.flush_seconds, formats.shortest_flush(sink.path))
+        self._writer = Writer(sink, config.queue_bytes, config.on_full, flush_seconds)
         self._step_id = 0
 
     def begin(self, scheduler_output: Any) -> None:
@@ -339,7 +340,8 @@ class TokenRecording(_FileRecording):
         header: dict[str, Any],
     ) -> None:
         super().__init__(source, layers, slots)
-        self._write_to(Session(path, header, layers, source.buffer.not_an_id))
+        weights = source.config.weights
+        self._write_to(Session(path, header, layers, source.buffer.not_an_id, weights))
         self._finished: list[str] = []
         self._new: set[str] = set()
         self._known: set[str] = set()

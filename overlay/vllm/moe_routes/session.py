@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recording: one file, from its header to its end record. Runs on the writer thread."""
 
-import contextlib
-import os
 import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from vllm.moe_routes.errors import ConflictError, RouteLogError
-from vllm.moe_routes.formats import jsonl
+from vllm.moe_routes import formats
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Request, RequestBook, Step
 from vllm.moe_routes.selfcheck import SelfCheck
@@ -24,38 +21,24 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def create(path: Path) -> IO[bytes]:
-    """Create a new file; never append to, overwrite or share one.
-
-    Raises:
-        RouteLogError: it exists, or can't be created.
-    """
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except FileExistsError:
-        raise ConflictError(
-            f"route log {path} exists; move it away or set VLLM_LOG_MOE to another file"
-        ) from None
-    except OSError as error:
-        raise RouteLogError(
-            f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a file in "
-            "a writable directory"
-        ) from None
-    return os.fdopen(fd, "wb", buffering=1 << 20)
-
-
 class Session:
-    """Turns steps into lines.
+    """Turns steps into records, and accounts for them.
 
     Args:
-        path: file to create; the header is written and flushed before this returns.
+        path: log to create; the header is written and flushed before this returns.
         header: the meta record without its ``start_time``.
         layers: the recorded layers, in slot order; at least one.
         not_an_id: the value of an element that no layer wrote.
+        weights: precision to keep weights in, one of ``config.WEIGHTS``.
     """
 
     def __init__(
-        self, path: Path, header: dict[str, Any], layers: Sequence[MoELayer], not_an_id: int
+        self,
+        path: Path,
+        header: dict[str, Any],
+        layers: Sequence[MoELayer],
+        not_an_id: int,
+        weights: str = "float32",
     ) -> None:
         self.path = path
         self._layers = list(layers)
@@ -73,16 +56,13 @@ class Session:
         self.passes_unfinished = 0
         self.cached_tokens = 0
         self.missed_tokens = 0
-        self.bytes = 0
         #: Rows lost, by cause. A row is one token in one layer.
         self.drops = {"queue_full": 0, "not_captured": 0, "write_error": 0}
         self.started = time.time()
         #: The end record, once it is written.
         self.end: dict[str, Any] | None = None
-        first_line = jsonl.encode_object({**header, "start_time": now()})
-        self._file = create(path)
-        self._put(first_line)
-        self._file.flush()
+        facts = {"weights_dtype": weights, "start_time": now()}
+        self._file = formats.create(path, {**header, **facts}, self._layers, weights)
 
     def consume(self, step: Step) -> None:
         """Write one step. The step's finished requests end before its rows."""
@@ -99,15 +79,8 @@ class Session:
         good = self._check.step(num_rows, routes.topk_ids, routes.topk_weights)
         rows = self._book.place(step, routes.token_ids, np.all(good, axis=1))
         written = int(good.sum())
-        self._put(
-            jsonl.encode_routes(
-                self._layers,
-                step.forward_pass_id,
-                rows,
-                routes.topk_ids,
-                routes.topk_weights,
-                good,
-            )
+        self._file.write_routes(
+            step.forward_pass_id, rows, routes.topk_ids, routes.topk_weights, good
         )
         tokens = pass_tokens(
             step.num_scheduled_tokens, step.num_computed_tokens, step.num_prompt_tokens
@@ -131,16 +104,14 @@ class Session:
     def close(self, reason: str) -> None:
         """Write the requests still running and the end record, and close the file."""
         self._end_requests(self._book.finish_all(), finished=False)
+        self._file.flush()  # so that the end record knows every byte before it
         end = self.end_record(reason)
-        self._put(jsonl.encode_object(end))
-        self._file.close()
+        self._file.close(end)
         self.end = end
 
     def abandon(self) -> None:
         """Give up on the file after a write error; what reached it stays readable."""
-        # What the buffer still holds can't be written either: the same error, already told.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._file.abandon()
 
     def end_record(self, reason: str) -> dict[str, Any]:
         """The end record, as the figures stand now."""
@@ -163,7 +134,7 @@ class Session:
             "requests": self.requests,
             "cached_tokens": self.cached_tokens,
             "missed_tokens": self.missed_tokens,
-            "bytes": self.bytes,
+            "bytes": self._file.bytes,
             "drops": dict(self.drops),
         }
 
@@ -174,11 +145,7 @@ class Session:
     def _end_requests(self, requests: Sequence[Request], finished: bool) -> None:
         for request in requests:
             record = {"type": "request", **request.as_dict(), "finished": finished}
-            self._put(jsonl.encode_object(record))
+            self._file.write_request(record)
             self.requests += 1
             self.cached_tokens += request.cached_tokens
             self.missed_tokens += request.missed_tokens
-
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self.bytes += len(data)

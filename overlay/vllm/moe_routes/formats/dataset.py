@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a Parquet route log. Needs pyarrow only, so that tools load it by its path.
+
+A log is a directory of ``part-000000.parquet``, ``part-000001.parquet``, … and nothing else: some
+readers refuse a directory with any other file in it, whatever its name. What is no row stands in
+the footers, as key-value metadata:
+
+- ``moe_routes.meta``, in every part: the header, as JSON. The first part has no rows: it is there
+  before any row is.
+- ``moe_routes.requests``, where there are some: request records as JSON lines, each with
+  ``after_rows``, the number of the part's rows that come before it.
+- ``moe_routes.end``, in the last part: the end record. Without it the log was cut short.
+
+A part is written beside the directory and renamed into it, so a part that exists is whole.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+META, REQUESTS, END = b"moe_routes.meta", b"moe_routes.requests", b"moe_routes.end"
+PHASES = ("prefill", "decode")
+FLAGS = ("recomputed", "overrun", "rejected")
+
+#: Columns of few distinct values, in runs or in a pattern that the compressor finds.
+_DICTIONARY = (
+    "req_id", "token_idx", "layer", "topk_ids.list.element", "phase", "forward_pass_id", "flag"
+)  # fmt: skip
+_WEIGHTS = "topk_weights.list.element"
+
+
+def schema(
+    num_experts: int, top_k: int | None, weights: str, req_id: pa.DataType | None = None
+) -> pa.Schema:
+    """Columns of a part, named as the keys of a JSON line.
+
+    Args:
+        num_experts: the largest layer's; ids are uint8 where they fit, else int16.
+        top_k: experts chosen per row; None where layers differ, which makes the lists variable.
+        weights: "float32", "float16", or "float64" for a log of another writer.
+        req_id: of another writer that numbers its requests; a string else.
+    """
+    size = -1 if top_k is None else top_k
+    ids = pa.uint8() if num_experts <= 256 else pa.int16()
+    kinds = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+    label = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema(
+        [
+            ("req_id", label if req_id is None else req_id),
+            ("token_idx", pa.int32()),
+            ("layer", pa.int16()),
+            ("topk_ids", pa.list_(pa.field("element", ids), size)),
+            ("topk_weights", pa.list_(pa.field("element", kinds[weights]), size)),
+            ("phase", pa.dictionary(pa.int8(), pa.string())),
+            ("forward_pass_id", pa.int64()),
+            ("flag", pa.dictionary(pa.int8(), pa.string())),
+        ]
+    )
+
+
+class PartWriter:
+    """Writes the parts of one dataset.
+
+    Args:
+        folder: directory to make.
+        columns: a :func:`schema`.
+        header: the meta record.
+
+    Raises:
+        FileExistsError: ``folder`` exists.
+        OSError: it can't be made.
+    """
+
+    def __init__(self, folder: Path, columns: pa.Schema, header: Mapping[str, Any]) -> None:
+        self._meta = _json(header)  # may raise, and then leaves no directory behind
+        self._folder = folder
+        # DuckDB can't read split float16.
+        half = columns.field("topk_weights").type.value_type == pa.float16()
+        self._weights_encoding = "PLAIN" if half else "BYTE_STREAM_SPLIT"
+        self._parts = 0
+        #: Size of the parts, in bytes.
+        self.bytes = 0
+        folder.mkdir()
+        try:
+            self.write(columns.empty_table())
+        except OSError:
+            folder.rmdir()
+            raise
+
+    def write(
+        self,
+        rows: pa.Table,
+        requests: Sequence[Mapping[str, Any]] = (),
+        end: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add a part: rows, the request records among them, and at last the end record."""
+        footer = {META: self._meta}
+        if requests:
+            footer[REQUESTS] = b"".join(_json(record) + b"\n" for record in requests)
+        if end is not None:
+            footer[END] = _json(end)
+        name = f"part-{self._parts:06d}.parquet"
+        # Beside the directory: a reader of the directory must not meet it, nor a crash leave it.
+        scratch = self._folder.with_name(f".{self._folder.name}.{name}")
+        try:
+            pq.write_table(
+                rows.replace_schema_metadata(footer),
+                scratch,
+                use_dictionary=list(_DICTIONARY),
+                column_encoding={_WEIGHTS: self._weights_encoding},
+                compression="zstd",
+                compression_level=1,
+                write_statistics=["token_idx", "layer", "forward_pass_id"],
+                store_schema=True,
+            )
+            size = scratch.stat().st_size
+            os.replace(scratch, self._folder / name)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        self._parts += 1
+        self.bytes += size
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet: rows are kept as arrays and written part by part; no loop over rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from vllm.moe_routes.errors import ConflictError, RouteLogError
+from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.rows import RowTable
+
+#: A part is closed at this many rows, if no flush closes it earlier.
+PART_ROWS = 1 << 20
+
+
+def _dataset() -> Any:
+    """The module that needs pyarrow, which vLLM does not install."""
+    try:
+        from vllm.moe_routes.formats import dataset
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "pyarrow":
+            raise
+        raise RouteLogError(
+            "a .parquet route log needs pyarrow, which is not installed; run: pip install pyarrow, "
+            "or name a .jsonl file"
+        ) from None
+    return dataset
+
+
+class _Pass(NamedTuple):
+    """The good rows of one pass: arrays of T tokens, of R <= T * L rows.
+
+    ``good`` is [T, L], or None where every row is good.
+    """
+
+    forward_pass_id: int
+    rows: RowTable
+    good: npt.NDArray[Any] | None
+    topk_ids: npt.NDArray[Any]  # [R, K]
+    topk_weights: npt.NDArray[Any]  # [R, K]
+
+
+class ParquetLog:
+    """A ``formats.RouteFile``; ``bytes`` are those of the parts on disk."""
+
+    def __init__(
+        self, path: Path, header: dict[str, Any], layers: Sequence[MoELayer], weights: str
+    ) -> None:
+        self._dataset = _dataset()
+        self._layer_ids = np.array([item.layer for item in layers], dtype=np.int16)
+        self._top_k = np.array([item.top_k for item in layers])
+        same_k = len(set(self._top_k.tolist())) == 1
+        self._columns = self._dataset.schema(
+            max(item.num_experts for item in layers),
+            int(self._top_k[0]) if same_k else None,
+            weights,
+        )
+        self._id_type = self._columns.field("topk_ids").type.value_type.to_pandas_dtype()
+        self._weight_type = np.dtype(weights)
+        self._passes: list[_Pass] = []
+        self._requests: list[dict[str, Any]] = []
+        self._rows = 0
+        try:
+            self._parts = self._dataset.PartWriter(path, self._columns, header)
+        except FileExistsError:
+            raise ConflictError(
+                f"route log {path} exists; move it away or set VLLM_LOG_MOE to another directory"
+            ) from None
+        except OSError as error:
+            raise RouteLogError(
+                f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a "
+                "directory in a writable one"
+            ) from None
+
+    @property
+    def bytes(self) -> int:
+        size: int = self._parts.bytes
+        return size
+
+    def write_routes(
+        self,
+        forward_pass_id: int,
+        rows: RowTable,
+        topk_ids: npt.NDArray[Any],
+        topk_weights: npt.NDArray[Any],
+        good: npt.NDArray[Any],
+    ) -> None:
+        every = bool(good.all())
+        # Indexing and astype copy: the arrays may be a buffer that is used again.
+        ids = topk_ids.reshape(-1, topk_ids.shape[2]) if every else topk_ids[good]
+        weights = topk_weights.reshape(-1, topk_weights.shape[2]) if every else topk_weights[good]
+        self._passes.append(
+            _Pass(
+                forward_pass_id,
+                rows,
+                None if every else good,
+                ids.astype(self._id_type),
+                weights.astype(self._weight_type),
+            )
+        )
+        self._rows += len(ids)
+        if self._rows >= PART_ROWS:
+            self.flush()
+
+    def write_request(self, record: dict[str, Any]) -> None:
+        self._requests.append({**record, "after_rows": self._rows})
+
+    def flush(self) -> None:
+        if self._rows or self._requests:
+            self._write_part()
+
+    def close(self, end: dict[str, Any]) -> None:
+        self._write_part(end)
+
+    def abandon(self) -> None:
+        self._passes.clear()
+        self._requests.clear()
+
+    def _write_part(self, end: dict[str, Any] | None = None) -> None:
+        self._parts.write(self._table(), self._requests, end)
+        self._passes.clear()
+        self._requests = []
+        self._rows = 0
+
+    def _table(self) -> Any:
+        """The waiting rows as a table of ``self._columns``."""
+        import pyarrow as pa
+
+        if not self._rows:
+            return self._columns.empty_table()
+        passes = self._passes
+        token, slot = self._token_and_slot()
+        tokens = [len(item.rows.req_ids) for item in passes]
+        is_decode = np.concatenate([item.rows.is_decode for item in passes])
+        flags = np.concatenate([item.rows.flags for item in passes])
+        positions = np.concatenate([item.rows.positions for item in passes]).astype(np.int32)
+        pass_ids = np.repeat([item.forward_pass_id for item in passes], tokens)
+        names = pa.array([name for item in passes for name in item.rows.req_ids], pa.string())
+        codes = names.dictionary_encode()
+        of_row = codes.indices.to_numpy()[token]
+        labels = pa.DictionaryArray.from_arrays
+        flag_codes = flags.astype(np.int8)[token] - 1
+        columns = [
+            labels(pa.array(of_row), codes.dictionary),
+            pa.array(positions[token]),
+            pa.array(self._layer_ids[slot]),
+            self._lists("topk_ids", np.concatenate([item.topk_ids for item in passes]), slot),
+            self._lists(
+                "topk_weights", np.concatenate([item.topk_weights for item in passes]), slot
+            ),
+            labels(pa.array(is_decode.astype(np.int8)[token]), list(self._dataset.PHASES)),
+            pa.array(pass_ids[token]),
+            labels(pa.array(flag_codes, mask=flag_codes < 0), list(self._dataset.FLAGS)),
+        ]
+        return pa.Table.from_arrays(columns, schema=self._columns)
+
+    def _token_and_slot(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """[R] each row's token, counted over the waiting passes, and [R] its layer's slot."""
+        num_layers = len(self._layer_ids)
+        total = sum(len(item.rows.req_ids) for item in self._passes)
+        if all(item.good is None for item in self._passes):
+            token = np.repeat(np.arange(total, dtype=np.int32), num_layers)
+            return token, np.tile(np.arange(num_layers, dtype=np.int16), total)
+        good = [
+            np.ones((len(item.rows.req_ids), num_layers), dtype=bool)
+            if item.good is None
+            else item.good
+            for item in self._passes
+        ]
+        found = np.nonzero(np.concatenate(good))
+        return found[0], found[1]
+
+    def _lists(self, name: str, values: npt.NDArray[Any], slot: npt.NDArray[Any]) -> Any:
+        """[R, K] as a list column; rows of a layer with a smaller top_k get shorter lists."""
+        import pyarrow as pa
+
+        kind = self._columns.field(name).type
+        if pa.types.is_fixed_size_list(kind):
+            return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
+        top_k = self._top_k[slot]
+        offsets = np.concatenate([[0], np.cumsum(top_k)]).astype(np.int32)
+        kept = values[np.arange(values.shape[1]) < top_k[:, None]]
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept), type=kind)
