@@ -23,14 +23,14 @@ PAGE = (
     / "overlay/vllm/entrypoints/serve/expert_distribution/page.html"
 )
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 MODES = ("stat", "per_pass", "per_token")
 KINDS = ("prefill", "decode", "mixed")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer other than 200.
 
     Args:
@@ -69,7 +69,9 @@ class FakeModel:
         self._rng = np.random.default_rng(self.seed)
         shape = (len(self.layers), self.experts)
         appeal = self._rng.gamma(6.0, size=shape)
-        appeal[:, 1] *= np.linspace(1, 3, len(self.layers))  # one expert that gets hotter with depth
+        appeal[:, 1] *= np.linspace(
+            1, 3, len(self.layers)
+        )  # one expert that gets hotter with depth
         appeal[len(self.layers) // 2, self.experts // 2] = 0  # one that is never chosen
         #: [L, E] probability that a choice falls on an expert.
         self.appeal = appeal / appeal.sum(axis=1, keepdims=True)
@@ -106,17 +108,19 @@ class FakeModel:
 
     def configure(self, mode: str = "", layers: str = "all", path: str = "") -> dict[str, Any]:
         if self.recording:
-            raise Refused(409, "recording: stop it before configuring")
+            raise RefusedError(409, "recording: stop it before configuring")
         if mode not in MODES:
-            raise Refused(400, f"mode must be one of {', '.join(MODES)}", valid_modes=list(MODES))
+            raise RefusedError(
+                400, f"mode must be one of {', '.join(MODES)}", valid_modes=list(MODES)
+            )
         if layers != "all" and not set(layers) <= set("0123456789,-"):
-            raise Refused(400, f"layers={layers!r} is not 'all' or indices such as 0,3-5")
+            raise RefusedError(400, f"layers={layers!r} is not 'all' or indices such as 0,3-5")
         self.mode, self.spec, self.path = mode, layers, path or None
         return {"mode": mode, "layers": layers, "path": self.path, "message": "configured"}
 
     def start(self) -> dict[str, Any]:
         if self.recording:
-            raise Refused(409, "already recording")
+            raise RefusedError(409, "already recording")
         self.reset()
         self.recording, self.since = True, time.time()
         message = f"recording in mode {self.mode}"
@@ -124,13 +128,13 @@ class FakeModel:
 
     def stop(self) -> dict[str, Any]:
         if not self.recording:
-            raise Refused(409, "nothing is recording: start first")
+            raise RefusedError(409, "nothing is recording: start first")
         self.recording = False
         return {"message": "recording stopped", "closing": False}
 
     def reset_counts(self) -> dict[str, Any]:
         if not self.recording:
-            raise Refused(409, "nothing is recording: start begins from zero anyway")
+            raise RefusedError(409, "nothing is recording: start begins from zero anyway")
         self.reset()
         return {"message": "counts are back at zero; recording goes on"}
 
@@ -192,7 +196,10 @@ class FakeModel:
             held = len(self.stage_layers(stage)) if tp == 0 else 0
             figures = self.figures(dp, held)
             if tp:
-                figures |= {"passes": dict.fromkeys(KINDS, 0), "tokens": dict.fromkeys(KINDS[:2], 0)}
+                figures |= {
+                    "passes": dict.fromkeys(KINDS, 0),
+                    "tokens": dict.fromkeys(KINDS[:2], 0),
+                }
                 figures["drops"] = dict.fromkeys(figures["drops"], 0)
             workers.append(
                 {
@@ -205,10 +212,16 @@ class FakeModel:
                     "files": self.files() if self.since and tp == 0 else [],
                     "waiting_bytes": 0,
                     "self_check": self.self_check() if self.since and tp == 0 else None,
-                    "error": "OSError: no space left on device" if self.failing and tp == 0 else None,
+                    "error": "OSError: no space left on device"
+                    if self.failing and tp == 0
+                    else None,
                 }
             )
-        detail = "ranks 0 and 1 counted 1,204 and 1,203 rows" if self.failing else f"{len(workers)} of {len(workers)} on the same settings"
+        detail = (
+            "ranks 0 and 1 counted 1,204 and 1,203 rows"
+            if self.failing
+            else f"{len(workers)} of {len(workers)} on the same settings"
+        )
         return {
             "available": True,
             "mode": self.mode,
@@ -263,7 +276,7 @@ class FakeServer:
         self._http.server_close()
 
     def answer(self, method: str, target: str, authorization: str) -> dict[str, Any]:
-        """The body of a 200, or :class:`Refused`."""
+        """The body of a 200, or :class:`RefusedError`."""
         routes = {
             "/expert_distribution_status": ("GET", self.model.status),
             "/configure_expert_distribution": ("POST", self.model.configure),
@@ -275,21 +288,21 @@ class FakeServer:
         url = urlsplit(target)
         path = url.path.removeprefix(self.root_path)
         self.requests.append((method, path))
-        if path not in routes:
-            raise Refused(404, f"no route {url.path}")
+        if path not in routes or not url.path.startswith(self.root_path):
+            raise RefusedError(404, f"no route {url.path}")
         wanted, route = routes[path]
         if method != wanted:
-            raise Refused(405, f"{path} takes {wanted}")
+            raise RefusedError(405, f"{path} takes {wanted}")
         if self.api_key and authorization != f"Bearer {self.api_key}":
-            raise Refused(401, "this route needs the server's API key")
+            raise RefusedError(401, "this route needs the server's API key")
         if path in self.broken:
-            raise Refused(self.broken[path], "the engine did not answer in time")
+            raise RefusedError(self.broken[path], "the engine did not answer in time")
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         with self.model.lock:
             try:
                 return {"status": "success", **route(**query)}
             except TypeError as error:
-                raise Refused(400, f"unknown parameter: {error}") from error
+                raise RefusedError(400, f"unknown parameter: {error}") from error
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -305,7 +318,7 @@ class FakeServer:
                 key = self.headers.get("Authorization", "")
                 try:
                     code, body = 200, server.answer(self.command, self.path, key)
-                except Refused as refused:
+                except RefusedError as refused:
                     code, body = refused.code, refused.body
                 self._send(code, "application/json", json.dumps(body).encode())
 
@@ -317,7 +330,7 @@ class FakeServer:
                 self.end_headers()
                 self.wfile.write(content)
 
-            def log_message(self, format: str, *args: object) -> None:
+            def log_message(self, *args: object) -> None:
                 """Say nothing: the tests read ``requests``."""
 
         return Handler
