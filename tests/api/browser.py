@@ -24,7 +24,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE = 4.0  # seconds until a thing that never comes is a failure
+PATIENCE = 20.0  # seconds until a thing that never comes is a failure
 
 Answer = TypeVar("Answer")
 
