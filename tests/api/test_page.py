@@ -216,7 +216,7 @@ def test_markup_from_the_server_is_shown_as_text(page: Page) -> None:
         page.wait("the name", lambda: page.text("model") == HOSTILE)
         page.wait("the map", lambda: page.find("cells").is_displayed())
         page.script("document.querySelectorAll('details').forEach((box) => { box.open = true; })")
-        assert HOSTILE in page.text("file-list")
+        assert table(page, "workers")[0][-1] == f"{HOSTILE}.jsonl"
         assert page.script(elements) == 1 and page.driver.title == "Expert distribution"
     assert page.complaints() == []
     assert "innerHTML" not in PAGE.read_text() and "insertAdjacentHTML" not in PAGE.read_text()
