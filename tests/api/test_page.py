@@ -73,7 +73,11 @@ def test_recording_is_started_and_stopped_from_the_keyboard_and_the_counts_rise(
         assert (page.number("prefill"), page.number("decode")) == (3 * 151, 3 * 16)
         run_passes(model, 4)
         page.wait("more tokens", lambda: page.number("tokens") == 7 * 167)
-        page.wait("a rate", lambda: page.number("pass-rate") >= 0)
+        area = (
+            "return view.rates.reduce((sum, one) => "
+            "sum + (one.to - one.from) * (one.prefill + one.decode), 0)"
+        )
+        assert page.script(area) == pytest.approx(7 * 167), "the rates add up to the tokens"
 
         page.stop()
         assert not model.recording and page.number("tokens") == 7 * 167
@@ -131,6 +135,32 @@ def test_the_heat_map_is_read_with_the_arrow_keys_for_each_kind_of_pass(page: Pa
         for kind in KINDS:
             page.script(f"document.querySelector('[value={kind}]').click()")
             assert says(model.counts[kind][0, 1], layer=2, expert=0)
+    assert page.complaints() == []
+
+
+def test_a_cell_of_the_heat_map_is_where_it_is_pointed_at_and_darker_with_more_load(
+    page: Page,
+) -> None:
+    model = recorded(layers=[0, 2, 3], experts=16)
+    total = sum(model.counts[kind][0] for kind in KINDS)
+    luminance = """
+        const pen = cells.getContext('2d');
+        return view.rows.map((row, y) => row.loads.map((_, x) => {
+          const [r, g, b] = pen.getImageData(
+            (x + 0.5) * map.cell, map.above + (y + 0.3) * map.high, 1, 1).data;
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        }))"""
+    with FakeServer(model) as server:
+        page.open(server.url)
+        page.wait("the map", lambda: page.find("cells").is_displayed())
+        lights = np.array(page.script(luminance))
+        never = total == 0
+        assert never.sum() == 1 and (lights[never] > 254).all(), "never chosen: no colour"
+        ratio = total / total.mean(axis=1, keepdims=True)
+        order = np.argsort(ratio[~never])
+        assert np.all(np.diff(lights[~never][order]) <= 1), "one step of rounding aside"
+        page.point_at("cells", *page.script("return [5.5 * map.cell, map.above + 2.5 * map.high]"))
+        assert page.text("readout").startswith(f"Layer 3, expert 5: {total[2, 5]:,} choice")
     assert page.complaints() == []
 
 
@@ -252,6 +282,18 @@ def test_a_large_model_fits_the_window_in_both_themes(page: Page, width: int) ->
     assert np.all(np.diff(lights[0]) < 0), "in light, more load is darker, also in greyscale"
     assert np.all(np.diff(lights[1]) > 0), "in dark, more load is lighter"
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_nothing_moves_for_those_who_asked_for_that(page: Page, motion: str) -> None:
+    page.look(motion=motion)
+    animation = (
+        "return getComputedStyle(document.getElementById('state'), '::before').animationName"
+    )
+    with FakeServer(recorded()) as server:
+        page.open(server.url)
+        page.wait("recording", page.recording)
+        assert page.script(animation) == ("none" if motion == "reduce" else "beat")
 
 
 def test_a_hidden_tab_asks_for_nothing_and_wakes_up(page: Page) -> None:
