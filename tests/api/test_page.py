@@ -198,9 +198,14 @@ def test_a_reset_is_confirmed_first_and_starts_from_zero(page: Page) -> None:
         assert page.focused() == "reset" and page.number("tokens") == 835
         page.press("ENTER", "TAB", "ENTER")
         page.wait("zero", lambda: "no forward pass yet" in page.text("empty"))
-        assert model.recording and "back at zero" in page.text("said")
+        assert model.recording and "from zero" in page.text("said")
         run_passes(model, 1)
         page.wait("counts from zero", lambda: page.number("tokens") == 167)
+        page.stop()
+        page.find("reset").click()
+        page.find("confirm-yes").click()
+        page.wait("nothing", lambda: "No recording yet" in page.text("empty"))
+        assert not page.find("reset").is_enabled()
     assert page.complaints() == []
 
 
