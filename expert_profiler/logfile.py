@@ -95,6 +95,29 @@ def open_file(path: Path) -> LogFile:
     return LogFile(path, size, meta, end, offset if end else size - partial, partial)
 
 
+def open_run(path: Path) -> list[LogFile]:
+    """The named log and its siblings of the same run, in the header's order."""
+    main = open_file(path)
+    names = list(main.meta.files)
+    if path.name not in names:
+        names[:1] = [path.name]  # renamed since it was written; the main file comes first
+    files = []
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(
+                f'{path}, line 1: "files" must hold plain file names, found {name!r}; '
+                f"{RECORD_AGAIN}"
+            )
+        sibling = path.with_name(name)
+        if name != path.name and not sibling.exists():
+            raise UserError(
+                f"{sibling} is missing: {path.name} says that it belongs to the same run "
+                f"({len(names)} files); copy it to {path.parent}"
+            )
+        files.append(main if name == path.name else open_file(sibling))
+    return files
+
+
 def find_bad_line(path: Path, public: bool = True) -> tuple[int, str] | None:
     """The first line that is not a complete record: (1-based line number, reason), else None.
 

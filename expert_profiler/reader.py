@@ -66,7 +66,7 @@ def open_log(
 
     on_progress, if given, gets the percentage read so far every half second, and 100 at the end.
     """
-    files = _open_files(Path(path))
+    files = logfile.open_run(Path(path))
     scratch = tempfile.mkdtemp(prefix="expert-profiler-")
     try:
         log = RouteLog(files, scratch, weights)
@@ -438,29 +438,6 @@ class RouteLog:
 
     def _one(self, sql: str) -> int:
         return int(self.query(sql)[0][0])
-
-
-def _open_files(path: Path) -> list[LogFile]:
-    """The named file and its siblings of the same run, in the header's order."""
-    main = logfile.open_file(path)
-    names = list(main.meta.files)
-    if path.name not in names:
-        names[:1] = [path.name]  # renamed since it was written; the main file comes first
-    files = []
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(
-                f'{path}, line 1: "files" must hold plain file names, found {name!r}; '
-                f"{logfile.RECORD_AGAIN}"
-            )
-        sibling = path.with_name(name)
-        if name != path.name and not sibling.exists():
-            raise UserError(
-                f"{sibling} is missing: {path.name} says that it belongs to the same run "
-                f"({len(names)} files); copy it to {path.parent}"
-            )
-        files.append(main if name == path.name else logfile.open_file(sibling))
-    return files
 
 
 def _span(low: int, high: int) -> str:

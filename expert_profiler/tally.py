@@ -49,7 +49,9 @@ class Tally:
 
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
-        self._slots: Ints = np.full(64, -1, dtype=np.int64)  # by layer, where the layer is in _DENSE
+        self._slots: Ints = np.full(
+            64, -1, dtype=np.int64
+        )  # by layer, where the layer is in _DENSE
         self._choices: Ints = np.zeros((0, _KINDS, 0), dtype=np.int64)
         self._rows: Ints = np.zeros((0, _KINDS), dtype=np.int64)
         self._strange: dict[tuple[int, int, int], int] = {}  # (slot, kind, id outside _DENSE)
@@ -85,7 +87,7 @@ class Tally:
         layers = self._layers()
         slot, kind, expert = (np.asarray(axis) for axis in np.nonzero(self._choices))
         found = [layers[slot], kind // 2, kind % 2, expert, self._choices[slot, kind, expert]]
-        rows = np.stack(found, axis=1) if len(slot) else np.zeros((0, 5), dtype=np.int64)
+        rows: Ints = np.stack(found, axis=1)
         strange = [
             (int(layers[slot]), kind // 2, kind % 2, expert, n)
             for (slot, kind, expert), n in self._strange.items()
@@ -154,16 +156,13 @@ class Tally:
     def _count(self, cell: Ints, batch: Batch) -> None:
         slots = len(self._slot_of)
         ids, lengths = batch.ids, batch.lengths
-        if isinstance(lengths, int):
-            of_id = np.broadcast_to(cell[:, None], (len(cell), lengths)).reshape(-1)
-        else:
-            of_id = np.repeat(cell, lengths)
+        of_id: Ints = np.repeat(cell, lengths)
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
         if low < 0 or high >= _DENSE:
             outside = (ids < 0) | (ids >= _DENSE)
             for c, expert in zip(of_id[outside].tolist(), ids[outside].tolist(), strict=True):
-                key = (c // _KINDS, c % _KINDS, expert)
-                self._strange[key] = self._strange.get(key, 0) + 1
+                place = (c // _KINDS, c % _KINDS, expert)
+                self._strange[place] = self._strange.get(place, 0) + 1
             of_id, ids = of_id[~outside], ids[~outside]
             high = int(ids.max(initial=-1))
         width = max(high + 1, self._choices.shape[2])
