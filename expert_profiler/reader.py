@@ -256,6 +256,10 @@ class RouteLog:
         rows: list[tuple[Any, ...]] = self._db.execute(sql, parameters).fetchall()
         return rows
 
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """The database behind :meth:`query`; ``routes`` is there once a question was asked."""
+        return self._db
+
     def arrow(self, sql: str, rows: int) -> Iterator[Any]:
         """The answer of :meth:`query` as record batches of about so many rows."""
         self._load()

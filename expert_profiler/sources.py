@@ -31,20 +31,20 @@ def json_source(files: Sequence[LogFile], columns: str) -> str:
     )
 
 
-def make_routes(files: Sequence[LogFile], weights: bool) -> str:
-    """The statement that makes the relation ``routes``; see ``RouteLog.query``."""
+def make_routes(files: Sequence[LogFile], weights: bool, name: str = "routes") -> str:
+    """The statement that makes the relation that ``RouteLog.query`` describes."""
     weight_column = "topk_weights::DOUBLE[] AS topk_weights," if weights else ""
     if files[0].parts:
         paths = ", ".join(sql_path(part) for file in files for part in file.parts)
         return f"""
-            CREATE TEMP VIEW routes AS SELECT
+            CREATE TEMP VIEW {name} AS SELECT
               (file_index::BIGINT << 40) + file_row_number AS rowid,
               req_id::VARCHAR AS req_id, token_idx::BIGINT AS token_idx, layer::INTEGER AS layer,
               {PHASE} AS phase, flag IS NOT NULL AS flagged,
               topk_ids::INTEGER[] AS topk_ids, {weight_column} forward_pass_id, flag
             FROM read_parquet([{paths}], hive_partitioning = false)"""  # noqa: S608 (paths are quoted)
     return f"""
-        CREATE TEMP TABLE routes AS SELECT
+        CREATE TEMP TABLE {name} AS SELECT
           req_id, token_idx, layer, {PHASE} AS phase, flag IS NOT NULL AS flagged,
           topk_ids, {weight_column} forward_pass_id, flag
         FROM {json_source(files, ROUTE_COLUMNS)} WHERE {KIND} = 0"""  # noqa: S608 (paths are quoted)
@@ -60,5 +60,9 @@ def weight_source(files: Sequence[LogFile]) -> str:
 
 def sql_path(path: Path) -> str:
     """An absolute path as a SQL literal in which no character is a wildcard."""
-    text = re.sub(r"([*?\[])", r"[\1]", str(path.absolute()))
-    return "'" + text.replace("'", "''") + "'"
+    return literal(re.sub(r"([*?\[])", r"[\1]", str(path.absolute())))
+
+
+def literal(text: object) -> str:
+    """A SQL string."""
+    return "'" + str(text).replace("'", "''") + "'"
