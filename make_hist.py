@@ -20,7 +20,8 @@ from expert_profiler import errors
 from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
-    from expert_profiler.reader import Counts, RouteLog
+    from expert_profiler.findings import Counts
+    from expert_profiler.reader import RouteLog
 
 # A status line appears only when there is something to wait for.
 QUIET_SECONDS = 2.0

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from expert_profiler import metrics
 from expert_profiler.errors import UserError
-from expert_profiler.reader import Counts
+from expert_profiler.findings import Counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
