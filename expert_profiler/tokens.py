@@ -45,6 +45,16 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.request)
 
+    def part(self, tokens: slice) -> TokenBatch:
+        """A copy of some of the tokens."""
+        return TokenBatch(
+            self.request[tokens].copy(),
+            self.position[tokens].copy(),
+            self.phase[tokens].copy(),
+            self.ids[tokens].copy(),
+            self.weights[tokens].copy(),
+        )
+
 
 def top_ks(log: RouteLog, where: str = UNFLAGGED) -> list[int]:
     """The number of experts that a token chooses in each of ``log.layers``; 0 without rows."""
@@ -131,14 +141,7 @@ def _counted(
     batch: TokenBatch, size: int, on_tokens: Callable[[int], None] | None
 ) -> Iterator[TokenBatch]:
     for start in range(0, len(batch), size):
-        part = slice(start, start + size)
-        piece = TokenBatch(
-            batch.request[part],
-            batch.position[part],
-            batch.phase[part],
-            batch.ids[part],
-            batch.weights[part],
-        )
+        piece = batch if len(batch) <= size else batch.part(slice(start, start + size))
         yield piece
         if on_tokens is not None:
             on_tokens(len(piece))
