@@ -50,6 +50,26 @@ def even_lift(num_experts: int, top_k: int) -> float:
     return num_experts * (top_k - 1) / (top_k * (num_experts - 1))
 
 
+def pair_information_bits(pairs: Ints) -> float:
+    """D = sum_{i<j} q_ij * log2(q_ij / r_ij): how far the pairs are from independent experts.
+
+    q_ij = n_ij / sum of n over i < j; r_ij = n_ii * n_jj, scaled to sum 1 over i < j. pairs:
+    [experts, experts] from ``pair_counts``. Bits, 0 (pairs as popularity gives them) up; NaN
+    without a pair. A sample of n pairs is above 0 by chance, by about
+    experts^2 / (4 * ln 2 * n). pair_information_bits of [[0, 1], [2, 3]] * 5 (4 experts): the two
+    pairs have q = 1/2, all six have r = 1/6, D = log2(3) = 1.585.
+    """
+    first, second = np.triu_indices(len(pairs), k=1)
+    found = pairs[first, second].astype(np.float64)
+    single = np.diagonal(pairs).astype(np.float64)
+    expected = single[first] * single[second]
+    if not found.any():
+        return float("nan")
+    q, r = found / found.sum(), expected / expected.sum()
+    seen = q > 0
+    return max(0.0, float((q[seen] * np.log2(q[seen] / r[seen])).sum()))
+
+
 def top_pairs(scores: Floats | Ints, n: int) -> list[tuple[int, int]]:
     """The n pairs i < j with the highest score, highest first, ties by ids; NaN and 0 left out.
 
