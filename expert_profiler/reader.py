@@ -36,7 +36,8 @@ CONTAMINATION_RUN = 64
 # Types are given, not guessed: a guess reads the start of the file only.
 _COLUMNS = (
     "{type: 'VARCHAR', req_id: 'VARCHAR', token_idx: 'BIGINT', layer: 'INTEGER', "
-    "topk_ids: 'INTEGER[]', topk_weights: 'DOUBLE[]', phase: 'VARCHAR', flag: 'VARCHAR'}"
+    "topk_ids: 'INTEGER[]', topk_weights: 'DOUBLE[]', phase: 'VARCHAR', forward_pass_id: 'BIGINT', "
+    "flag: 'VARCHAR'}"
 )
 _REQUEST_COLUMNS = "{type: 'VARCHAR', req_id: 'VARCHAR', cached_tokens: 'BIGINT'}"
 
@@ -49,7 +50,8 @@ CREATE TEMP TABLE lines AS SELECT
   req_id, token_idx, layer,
   (CASE phase WHEN 'prefill' THEN 0 WHEN 'decode' THEN 1 ELSE 2 END)::UTINYINT AS phase,
   flag IS NOT NULL AS flagged,
-  topk_ids,
+  topk_ids, {weights}
+  forward_pass_id,
   hash(topk_ids, topk_weights) AS route_hash
 FROM {source}
 """
@@ -127,16 +129,21 @@ class Identity:
 
 @contextmanager
 def open_log(
-    path: str | Path, on_progress: Callable[[float], None] | None = None
+    path: str | Path,
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    weights: bool = False,
 ) -> Iterator[RouteLog]:
     """Open the log at ``path`` with the files of the run's other ranks.
+
+    weights: let queries use ``routes.topk_weights``.
 
     on_progress, if given, gets the percentage read so far every half second, and 100 at the end.
     """
     files = _open_files(Path(path))
     scratch = tempfile.mkdtemp(prefix="expert-profiler-")
     try:
-        log = RouteLog(files, scratch)
+        log = RouteLog(files, scratch, weights)
         try:
             log._load(on_progress)
             yield log
@@ -149,10 +156,11 @@ def open_log(
 class RouteLog:
     """An opened log; make one with :func:`open_log`. "Rows" are route lines without a flag."""
 
-    def __init__(self, files: list[LogFile], scratch: str) -> None:
+    def __init__(self, files: list[LogFile], scratch: str, weights: bool) -> None:
         import duckdb  # 50 ms; only where a log is really read
 
         self.files = files
+        self._weights = weights
         self.path = files[0].path
         self.meta: Meta = files[0].meta
         self.end: End | None = logfile.merge_ends([file.end for file in files])
@@ -304,7 +312,8 @@ class RouteLog:
         """Ask ``routes`` (one row a usable route line, flagged ones included) anything.
 
         Columns: req_id, token_idx, layer, phase (index into PHASES), flagged, topk_ids,
-        route_hash (of ids and weights); rowid is the file order.
+        topk_weights (only with ``open_log(weights=True)``), forward_pass_id (NULL in a public
+        logger's file); rowid is the file order.
         """
         rows: list[tuple[Any, ...]] = self._db.execute(sql, parameters).fetchall()
         return rows
@@ -373,7 +382,9 @@ class RouteLog:
     def _load(self, on_progress: Callable[[float], None] | None) -> None:
         import duckdb
 
-        sql = _LOAD.format(source=self._source(_COLUMNS))
+        sql = _LOAD.format(
+            source=self._source(_COLUMNS), weights="topk_weights," if self._weights else ""
+        )
         try:
             with _watching(self._db, on_progress):
                 self._db.execute(sql)
