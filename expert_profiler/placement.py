@@ -101,11 +101,13 @@ def replicated(counts: Counts1D, ranks: int, extra: int) -> Replicated:
     each = np.repeat(np.arange(len(counts)), number)
     share = (counts / number)[each]
     capacity = slots // ranks
-    loads, placed = np.zeros(ranks), [[] for _ in range(ranks)]  # type: tuple[Any, list[list[int]]]
+    loads, held = np.zeros(ranks), np.zeros(ranks, dtype=np.int64)
+    placed: list[list[int]] = [[] for _ in range(ranks)]
     for slot in np.argsort(-share, kind="stable"):
-        rank = int(np.argmin(loads + np.where([len(p) < capacity for p in placed], 0, np.inf)))
+        rank = int(np.argmin(np.where(held < capacity, loads, np.inf)))
         placed[rank].append(int(each[slot]))
         loads[rank] += share[slot]
+        held[rank] += 1
     return Replicated(np.array(placed, dtype=np.int64), number)
 
 

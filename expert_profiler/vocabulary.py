@@ -17,7 +17,7 @@ from expert_profiler.tokens import TokenBatch
 SAMPLE_TOKENS = 20_000
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why there is no token-type view; the report says it."""
 
 
@@ -30,14 +30,14 @@ def find(
     ``model_id`` where that is a folder here or beside the log.
 
     Raises:
-        Unavailable: one of the two is not there.
+        UnavailableError: one of the two is not there.
         UserError: one that was named is not there.
     """
     if outputs is not None and not outputs.is_file():
         raise UserError(f"no file {outputs}; name the run's outputs.jsonl with --outputs")
     texts = outputs or log.with_name("outputs.jsonl")
     if not texts.is_file():
-        raise Unavailable(f"no outputs.jsonl beside {log.name}, so tokens are unknown")
+        raise UnavailableError(f"no outputs.jsonl beside {log.name}, so tokens are unknown")
     if tokenizer is not None:
         if not (tokenizer / "tokenizer.json").is_file():
             raise UserError(f"no tokenizer.json in {tokenizer}; name a checkpoint's folder")
@@ -45,7 +45,7 @@ def find(
     for folder in (Path(model_id), log.parent / model_id):
         if (folder / "tokenizer.json").is_file():
             return texts, folder / "tokenizer.json"
-    raise Unavailable(
+    raise UnavailableError(
         f"no tokenizer.json in a local folder {model_id}; name the checkpoint's with --tokenizer"
     )
 
@@ -81,7 +81,7 @@ class Labels:
             for name in names
         ]
         if not any(map(len, self._codes)):
-            raise Unavailable(f"no request of the log stands in {outputs.name}")
+            raise UnavailableError(f"no request of the log stands in {outputs.name}")
         self._kept: list[tuple[Any, Any, Any]] = []
         self._room = SAMPLE_TOKENS
 

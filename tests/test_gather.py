@@ -20,7 +20,7 @@ from tests.test_lru import kept_cache
 
 
 def gathered(path: Path, **options: Any) -> Gathered:
-    with open_log(path) as log:
+    with open_log(path, weights=True) as log:
         return gather(log, **options)
 
 
@@ -116,7 +116,7 @@ def test_one_pass_equals_plain_loops(tmp_path_factory, seed, gaps, choices) -> N
 def test_the_sums_are_those_of_the_reader(tmp_path: Path) -> None:
     rows = [*run_rows(), *run_rows(lengths=((2, 1),)), route("0", 0, 0, [1, 2], flag="recomputed")]
     path = write_log(tmp_path / "log.jsonl", rows)  # with repeated and marked rows
-    with open_log(path) as log:
+    with open_log(path, weights=True) as log:
         counts = log.counts()
         found = gather(log)
     assert (found.counts == counts.values).all() and (found.rows == counts.rows).all()

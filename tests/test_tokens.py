@@ -35,7 +35,7 @@ ROWS = st.lists(
 def read(path: Path, where: str = tokens.UNFLAGGED, **options: int) -> list[tuple[object, ...]]:
     """Every (request, position, layer, ids, weights) in the order of the batches."""
     found: list[tuple[object, ...]] = []
-    with open_log(path) as log:
+    with open_log(path, weights=True) as log:
         names = tokens.request_names(log)
         if where == tokens.CLEAN:
             tokens.find_identical_runs(log)
@@ -89,7 +89,7 @@ def test_every_row_comes_once_in_order(tmp_path_factory, rows, size) -> None:  #
 
 def test_a_batch_has_no_more_tokens_than_asked_and_phases_are_kept(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.jsonl", run_rows())
-    with open_log(path) as log:
+    with open_log(path, weights=True) as log:
         found = list(tokens.batches(log, tokens=4))
     assert max(map(len, found)) <= 4
     phases = np.concatenate([batch.phase for batch in found])
@@ -99,7 +99,7 @@ def test_a_batch_has_no_more_tokens_than_asked_and_phases_are_kept(tmp_path: Pat
 def test_layers_may_have_different_top_k(tmp_path: Path) -> None:
     rows = [route("0", 0, 0, [3]), route("0", 0, 1, [1, 2])]
     path = write_log(tmp_path / "log.jsonl", rows)
-    with open_log(path) as log:
+    with open_log(path, weights=True) as log:
         assert tokens.top_ks(log) == [1, 2]
         [batch] = tokens.batches(log)
     assert batch.ids.tolist() == [[[3, -1], [1, 2]]]
@@ -109,7 +109,10 @@ def test_layers_may_have_different_top_k(tmp_path: Path) -> None:
 def test_rows_of_one_layer_must_have_one_top_k(tmp_path: Path) -> None:
     rows = [route("0", 0, 0, [3]), route("0", 1, 0, [1, 2])]
     path = write_log(tmp_path / "log.jsonl", rows)
-    with open_log(path) as log, pytest.raises(UserError, match="layer 0 have 1 to 2 expert ids"):
+    with (
+        open_log(path, weights=True) as log,
+        pytest.raises(UserError, match="layer 0 have 1 to 2 expert ids"),
+    ):
         next(tokens.batches(log))
 
 
@@ -118,7 +121,7 @@ def test_identical_runs_are_what_the_reader_counts_as_contamination(tmp_path: Pa
     short = [route("v", i, 0, [0, 1], [0.5, 0.125]) for i in range(63)]
     true = run_rows()
     path = write_log(tmp_path / "log.jsonl", warm_up + short + true)
-    with open_log(path) as log:
+    with open_log(path, weights=True) as log:
         assert log.contamination.rows == 160
         tokens.find_identical_runs(log)
         assert log.query("SELECT count(*) FROM identical_runs") == [(160,)]
