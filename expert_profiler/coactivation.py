@@ -6,6 +6,7 @@ of tokens add up, so a log of any size can be counted piece by piece.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,8 +56,7 @@ def pair_information_bits(pairs: Ints) -> float:
 
     q_ij = n_ij / sum of n over i < j; r_ij = n_ii * n_jj, scaled to sum 1 over i < j. pairs:
     [experts, experts] from ``pair_counts``. Bits, 0 (pairs as popularity gives them) up; NaN
-    without a pair. A sample of n pairs is above 0 by chance, by about
-    experts^2 / (4 * ln 2 * n). pair_information_bits of [[0, 1], [2, 3]] * 5 (4 experts): the two
+    without a pair. A sample is above 0 by chance: ``pair_chance_bits``. pair_information_bits of [[0, 1], [2, 3]] * 5 (4 experts): the two
     pairs have q = 1/2, all six have r = 1/6, D = log2(3) = 1.585.
     """
     first, second = np.triu_indices(len(pairs), k=1)
@@ -68,6 +68,20 @@ def pair_information_bits(pairs: Ints) -> float:
     q, r = found / found.sum(), expected / expected.sum()
     seen = q > 0
     return max(0.0, float((q[seen] * np.log2(q[seen] / r[seen])).sum()))
+
+
+def pair_chance_bits(pairs: Ints) -> float:
+    """What ``pair_information_bits`` has by sampling alone, about: cells / (2 * ln 2 * pairs).
+
+    cells = E * (E - 1) / 2 - E, with E the experts that occur, is the number of figures that pairs
+    have beyond popularity. Bits; NaN without a pair. Of four experts and 100 pairs:
+    2 / (2 * 0.6931 * 100) = 0.0144.
+    """
+    number = (int(pairs.sum()) - int(np.trace(pairs))) // 2
+    used = int((np.diagonal(pairs) > 0).sum())
+    if number == 0:
+        return float("nan")
+    return max(0, used * (used - 3) // 2) / (2 * math.log(2) * number)
 
 
 def top_pairs(scores: Floats | Ints, n: int) -> list[tuple[int, int]]:

@@ -79,10 +79,12 @@ def by_layer(found: Gathered) -> list[dict[str, Any]]:
             entry[phase] = of_counts(found.counts[number, p], top_k)
         entry["next_token_reuse"] = reuse_of(found, number)
         entry["coactivation_bits"] = coactivation.pair_information_bits(found.pairs[number])
+        entry["coactivation_chance_bits"] = coactivation.pair_chance_bits(found.pairs[number])
         if number < len(found.transitions):
             entry["transition_bits"] = token_types.mutual_information_bits(
                 found.transitions[number]
             )
+            entry["transition_chance_bits"] = token_types.chance_bits(found.transitions[number])
         entries.append(entry)
     return entries
 

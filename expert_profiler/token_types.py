@@ -7,6 +7,7 @@ sample is one choice: a token of class c that takes expert e adds one to cell (c
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def mutual_information_bits(joint: Ids) -> float:
 
     joint: [classes, experts] counts, such as ``joint_counts``. Bits, 0 (independent) to
     min(H(C), H(E)); NaN without counts. It is never exactly 0 on a sample: by chance alone it is
-    about (classes - 1) * (experts - 1) / (2 * ln 2 * n), which ``permutation_test`` measures.
+    about ``chance_bits``, which ``permutation_test`` measures.
     mutual_information_bits([[2, 0], [0, 2]]) = 1; of [[1, 1], [1, 1]] = 0.
     """
     total = float(joint.sum())
@@ -92,6 +93,19 @@ def mutual_information_bits(joint: Ids) -> float:
     cells = p > 0
     bits = float((p[cells] * np.log2(p[cells] / independent[cells])).sum())
     return max(0.0, bits)  # rounding may leave a last bit below
+
+
+def chance_bits(joint: Ids) -> float:
+    """What ``mutual_information_bits`` has by sampling alone, about, for independent samples.
+
+    (rows - 1) * (columns - 1) / (2 * ln 2 * n), of the rows and columns that occur; n = sum.
+    Bits; NaN without counts. chance_bits([[2, 0], [0, 2]]) = 1 / (2 * 0.6931 * 4) = 0.1803.
+    """
+    n = int(joint.sum())
+    if n == 0:
+        return float("nan")
+    rows, columns = (int((joint.sum(axis=axis) > 0).sum()) for axis in (1, 0))
+    return (rows - 1) * (columns - 1) / (2 * math.log(2) * n)
 
 
 def class_lift(joint: Ids) -> Floats:

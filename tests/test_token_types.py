@@ -75,6 +75,9 @@ def test_chance_alone_is_as_large_as_its_formula_says() -> None:
     labels, ids = rng.integers(0, 3, 4000), rng.integers(0, 8, (4000, 1))
     found = tt.permutation_test(labels, ids, 3, 8, draws=200)
     assert found.null_mean == pytest.approx(2 * 7 / (2 * math.log(2) * 4000), rel=0.1)
+    joint = tt.joint_counts(labels, ids, 3, 8)
+    assert tt.chance_bits(joint) == pytest.approx(2 * 7 / (2 * math.log(2) * 4000))
+    assert tt.chance_bits(np.array([[2, 0], [0, 2]])) == pytest.approx(0.1803, abs=1e-4)
     assert found.p_value > 0.01
 
 
