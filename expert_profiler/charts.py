@@ -105,7 +105,10 @@ def lines(
         )
         if one.low is not None and one.high is not None:
             axes.fill_between(x, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
+            if len(x) == 1:  # a band has no width then
+                axes.vlines(x, one.low, one.high, color=colour, linewidth=3, alpha=0.4)
     if bottom is not None:
+        axes.margins(y=0.08)
         axes.set_ylim(bottom=bottom)
     dress(axes, title, xlabel, ylabel)
     legend(axes, len(series))
@@ -161,7 +164,10 @@ def heat_map(
 
     colours = colormaps[_CELLS].copy()
     colours.set_bad("white")
-    beyond = float(np.nanmax(grid.values)) > high if not np.isnan(grid.values).all() else False
+    known = grid.values[~np.isnan(grid.values)]
+    extend = {(False, False): None, (False, True): "max", (True, False): "min"}.get(
+        (bool((known < low).any()), bool((known > high).any())), "both"
+    )
     image = axes.imshow(
         grid.values,
         cmap=colours,
@@ -174,9 +180,7 @@ def heat_map(
     dress(axes, grid.title, grid.x, grid.y, grid=False)
     _ticks(axes.xaxis, grid.columns, grid.values.shape[1], grid.most_columns)
     _ticks(axes.yaxis, grid.rows, grid.values.shape[0], 22)
-    bar = figure.colorbar(
-        image, ax=axes, pad=0.015, fraction=0.05, extend="max" if beyond else None
-    )
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, extend=extend)
     bar.set_label(unit, size=_TEXT, color=_INK)
     bar.ax.tick_params(labelsize=_TEXT - 1, colors=_INK)
     if ticks is not None:

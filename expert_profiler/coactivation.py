@@ -56,8 +56,9 @@ def pair_information_bits(pairs: Ints) -> float:
 
     q_ij = n_ij / sum of n over i < j; r_ij = n_ii * n_jj, scaled to sum 1 over i < j. pairs:
     [experts, experts] from ``pair_counts``. Bits, 0 (pairs as popularity gives them) up; NaN
-    without a pair. A sample is above 0 by chance: ``pair_chance_bits``. pair_information_bits of [[0, 1], [2, 3]] * 5 (4 experts): the two
-    pairs have q = 1/2, all six have r = 1/6, D = log2(3) = 1.585.
+    without a pair. A sample is above 0 by chance: ``pair_chance_bits``.
+    Of the tokens [[0, 1], [2, 3]] * 5 and 4 experts: both pairs have q = 1/2, all six have r = 1/6,
+    D = log2(3) = 1.585.
     """
     first, second = np.triu_indices(len(pairs), k=1)
     found = pairs[first, second].astype(np.float64)

@@ -68,8 +68,9 @@ def html(collected: Collected, histogram: bytes) -> str:
 def _subtitle(run: dict[str, Any]) -> str:
     phases = ", ".join(f"{phase} {n:,}" for phase, n in run["rows_by_phase"].items())
     top_k = "/".join(map(str, run["top_k"]))
+    plural = "s" if len(run["layers"]) > 1 else ""
     return (
-        f"{len(run['layers'])} MoE layers x {run['experts']} experts, top-{top_k} · "
+        f"{len(run['layers'])} MoE layer{plural} x {run['experts']} experts, top-{top_k} · "
         f"{run['rows']:,} rows (a token and layer each: {phases}) of {run['requests']:,} requests"
     )
 
@@ -203,7 +204,7 @@ def _evenness(data: dict[str, Any], found: Gathered) -> Html:
         ("topk_excess_peak", "excess peak, top-k-normalised (0 even to 1)"),
         ("topk_gini", "Gini, top-k-normalised (0 even to 1)"),
     ]
-    parts = list(figures_of)
+    parts = list(figures_of) if len(found.phases) > 1 else ["all"]
     rows = [(label, *(figures_of[part].get(name) for part in parts)) for name, label in names]
     return section(
         "How even is the load, layer by layer?",
