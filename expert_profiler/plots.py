@@ -86,6 +86,12 @@ def save_png(figure: Figure, path: Path) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def listed(ids: Sequence[int], limit: int = 12) -> str:
+    """1, 2, 3 and 4 more."""
+    shown = ", ".join(map(str, ids[:limit]))
+    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
+
+
 def _bars(axes: Axes, counts: Counts) -> None:
     total = counts.per_expert.sum()
     experts = counts.num_experts
