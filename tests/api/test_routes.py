@@ -352,6 +352,21 @@ def test_a_start_that_fails_on_one_worker_leaves_none_recording(serve: Serve) ->
     assert end["reason"] == "another worker could not start"
 
 
+def test_a_recording_that_starts_with_the_engine_is_known_to_every_rank(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "passes.jsonl"
+    monkeypatch.setenv("VLLM_LOG_MOE", str(log))
+    monkeypatch.setenv("VLLM_LOG_MOE_MODE", "per_pass")
+    server = serve(tp=2)
+    status = server.status()
+    assert (status["recording"], status["mode"]) == (True, "per_pass")
+    assert status["agreement"]["ok"]
+    server.run()
+    assert server.post("stop")["files"] == [str(log)]
+    assert [line.get("type") for line in read_lines(log)] == ["meta", *["pass"] * 4, "end"]
+
+
 def test_status_tells_what_every_worker_does(serve: Serve) -> None:
     server = serve(tp=2)
     server.post("configure", mode="per_token")

@@ -2,7 +2,7 @@
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,15 @@ class Recorder:
         self._previous: Recording | None = None
         self._active = False
         self._header: dict[str, Any] = {}
-        if not self._layers:
-            return
+        if self._layers:
+            self._tap(runner, modules, len(found))
+        if config.autostart and config.path is not None:
+            self.start()
+
+    def _tap(self, runner: Any, modules: Mapping[str, Any], num_moe_layers: int) -> None:
+        """Allocate the capture buffer and have the layers write to it."""
         self._header = provenance.header(
-            self._vllm_config, runner.device, self._layers, len(found), self._rank()
+            self._vllm_config, runner.device, self._layers, num_moe_layers, self._rank()
         )
         # A pass is padded up to a multiple of the tensor-parallel size where it is split by it.
         num_rows = round_up(
@@ -124,7 +129,7 @@ class Recorder:
             buffer,
             SNAPSHOTTERS[runner.device.type](),
             CLOCKS[runner.device.type](),
-            config,
+            self._config,
             self._global_rank(),
         )
         layout = _layout(self._vllm_config)
@@ -137,11 +142,9 @@ class Recorder:
         logger.info(
             "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
             len(self._layers),
-            len(found),
+            num_moe_layers,
             buffer.nbytes / 2**20,
         )
-        if config.autostart and config.path is not None:
-            self.start()
 
     # ---- around a forward pass -------------------------------------------------------------
 
