@@ -347,7 +347,7 @@ class Recorder:
 
     def _select(self, selection: str) -> list[layers.MoELayer]:
         """The layers of the whole model that a selection names, among the armed ones."""
-        return layers.select(selection, self._armed)
+        return layers.select(selection, self._armed, "layers=")
 
     def _chosen(self) -> list[layers.MoELayer]:
         """This rank's layers of the next recording, in slot order."""

@@ -200,8 +200,7 @@ class StatRecording(Recording):
         # Waits for the passes in flight, for no longer than one of them takes.
         counts = self._device_counts.cpu().numpy()
         every, tokens = counts.sum(axis=0), sum(self._tally.tokens)
-        lost = tally.lost_choices(every, tokens, self.shape)
-        self._lost_rows = int(np.minimum(lost, tokens).sum())
+        self._lost_rows = tally.lost_rows(every, tokens, self.shape)
         unfinished = self.passes_unfinished + self._passes_lost
         self._verdict = tally.verdict(every, tokens, self.shape, 0, unfinished)
         return counts, self._status()
