@@ -281,25 +281,31 @@ class _Runs:
             self._last[item] = int(routes[ends[i] - 1]), open_length
 
 
-def _route_hash(lengths: Ints | int, ids: Ints, n: int) -> npt.NDArray[np.uint64]:
-    """[n] uint64: equal for rows with the same ids in the same order."""
-    if not isinstance(lengths, int):
-        # Hash each id with its place in the row; an order-free sum of those tells orders apart.
-        starts = np.cumsum(lengths) - lengths
-        place = np.arange(len(ids)) - np.repeat(starts, lengths)
-        hashes = np.append(_row_hash(ids.astype(np.int64), place), np.uint64(0))
-        sums = np.add.reduceat(hashes, starts) if n else hashes[:0]
-        return np.where(np.asarray(lengths) > 0, sums, 0).astype(np.uint64)
-    wide = ids.reshape(n, lengths)
-    if ids.dtype == np.uint8 and lengths in (1, 2, 4, 8):
-        packed = np.ascontiguousarray(wide).view(f"u{lengths}").reshape(n)
-        return packed.astype(np.uint64)
-    total = np.zeros(n, dtype=np.uint64)
-    for k in range(lengths):
-        total *= np.uint64(0x9E3779B97F4A7C15)
-        total += wide[:, k].astype(np.uint64)
-        total ^= total >> np.uint64(29)
-    return total
+def _route_hash(lengths: Ints | int, ids: Ints, n: int) -> Ints:
+    """[n] uint64: equal for rows with the same ids in the same order.
+
+    The sum of a hash of each id with its place, so that it does not depend on the batch's shape.
+    """
+    if isinstance(lengths, int):
+        total = np.zeros(n, dtype=np.uint64)
+        wide = ids.reshape(n, lengths)
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        tables = np.arange(high + 1) if low >= 0 and high < _DENSE else None
+        for k in range(lengths):
+            place = np.int64(k + 1)
+            column = wide[:, k]
+            total += (
+                _row_hash(column.astype(np.int64), place)
+                if tables is None
+                else _row_hash(tables, place)[column]
+            )
+        return total
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(ids)) - np.repeat(starts, lengths) + 1
+    hashes = np.append(_row_hash(ids.astype(np.int64), places), np.uint64(0))
+    sums: Ints = np.add.reduceat(hashes, starts)
+    sums[lengths == 0] = 0  # reduceat gives the next row's first
+    return sums
 
 
 def _row_hash(position: Any, layer: Any) -> npt.NDArray[np.uint64]:
