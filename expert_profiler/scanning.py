@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,15 +65,23 @@ def scan_parquet(
     try:
         total = sum(pq.read_metadata(part).num_rows for part in parts)
         done = 0
-        for part in parts:
-            for batch in _batches_of(part):
-                tally.add(batch)
-                done += len(batch.layer)
-                if on_progress:
-                    on_progress(100 * done / total)
+        for batch in _ahead(batch for part in parts for batch in _batches_of(part)):
+            tally.add(batch)
+            done += len(batch.layer)
+            if on_progress:
+                on_progress(100 * done / total)
     except (pa.ArrowException, OSError) as error:
         fact = str(error).splitlines()[0]
         raise UserError(f"{files[0].path}: {fact}; copy the directory again") from None
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, the next one made by another thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, batches, None)
+            yield batch
 
 
 def _batches_of(part: Path) -> Iterator[Batch]:
