@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    import duckdb
+
 PHASES = ("prefill", "decode", "unknown")
+# Distinct tokens never route alike this long, bit for bit; padding and warm-up passes do.
+CONTAMINATION_RUN = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Contamination:
-    """Rows inside runs of at least ``reader.CONTAMINATION_RUN`` identical rows of one layer."""
+    """Rows inside runs of at least ``CONTAMINATION_RUN`` identical rows of one layer."""
 
     rows: int
     share: float  # of all unflagged rows, 0 to 1
@@ -80,3 +87,65 @@ def phase_codes(cells: npt.NDArray[np.int64]) -> list[int]:
     """The phases to show: both known ones whenever one occurs, "unknown" only if it occurs."""
     seen = set(cells[:, 1].tolist())
     return [code for code in (0, 1) if seen & {0, 1}] + ([2] if 2 in seen else [])
+
+
+def find_contamination(db: duckdb.DuckDBPyConnection, num_rows: int) -> Contamination:
+    """Look for long runs in ``routes``; num_rows: unflagged rows."""
+    # A run starts where a row differs from the one before it and ends where the next starts.
+    runs = db.execute(
+        """
+        SELECT layer, sum(size), max(size) FROM (
+          SELECT layer, lead(i, 1, n + 1) OVER (PARTITION BY layer ORDER BY i) - i AS size
+          FROM (SELECT layer, row_number() OVER w AS i, count(*) OVER (PARTITION BY layer) AS n,
+                       route_hash IS DISTINCT FROM lag(route_hash) OVER w AS starts
+                FROM routes WHERE NOT flagged WINDOW w AS (PARTITION BY layer ORDER BY rowid))
+          WHERE starts)
+        WHERE size >= ? GROUP BY layer ORDER BY layer""",
+        [CONTAMINATION_RUN],
+    ).fetchall()
+    rows = sum(int(size) for _, size, _ in runs)
+    longest = max((int(size) for *_, size in runs), default=0)
+    share = rows / num_rows if rows else 0.0
+    return Contamination(rows, share, longest, tuple(int(layer) for layer, *_ in runs))
+
+
+def hold_against(
+    db: duckdb.DuckDBPyConnection,
+    positions: Mapping[str, int],
+    cached: Mapping[str, int],
+    layers: Sequence[int],
+) -> Identity:
+    """Hold ``routes`` against the positions that each request forwarded, and those cached."""
+    expected = {req: n - cached.get(req, 0) for req, n in positions.items()}
+    found = db.execute(
+        "SELECT req_id, min(n), max(n), count(*) FROM (SELECT req_id, layer, "
+        "count(DISTINCT token_idx) AS n FROM routes WHERE NOT flagged GROUP BY req_id, layer) "
+        "GROUP BY req_id"
+    ).fetchall()
+    seen = {str(req): (int(low), int(high), int(n)) for req, low, high, n in found}
+    # A logger that does not know the requests can still satisfy the sums.
+    nothing = (0, 0, 0)
+    mismatches = []
+    if expected.keys() & seen.keys():
+        mismatches = [
+            f"request {req}: {_span(*seen.get(req, nothing)[:2])} positions, {want} expected"
+            for req, want in expected.items()
+            if seen.get(req, nothing) != (want, want, len(layers))
+        ]
+        strangers = sorted(seen.keys() - expected.keys())
+        mismatches += [f"request {req}: not in the outputs" for req in strangers]
+    per_layer = db.execute(
+        "SELECT layer, count(*) FROM (SELECT DISTINCT req_id, token_idx, layer FROM routes "
+        "WHERE NOT flagged) GROUP BY layer"
+    ).fetchall()
+    return Identity(
+        expected=sum(expected.values()),
+        cached=sum(cached.get(req, 0) for req in positions),
+        requests=len(positions),
+        per_layer=dict.fromkeys(layers, 0) | {int(layer): int(n) for layer, n in per_layer},
+        mismatches=tuple(mismatches),
+    )
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

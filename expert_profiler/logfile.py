@@ -7,6 +7,7 @@ Nothing here reads the route rows themselves, so the cost does not depend on the
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -135,6 +136,13 @@ def find_bad_line(path: Path, public: bool = True) -> tuple[int, str] | None:
                     continue
                 return number, _plain_reason(error)
     return None
+
+
+def raise_bad_line(files: Sequence[LogFile]) -> None:
+    """Name the first malformed line of JSONL ``files``; returns when there is none."""
+    for file in files:
+        if not file.parts and (found := find_bad_line(file.path)):
+            raise bad_line_error(file.path, *found)
 
 
 def bad_line_error(path: Path, number: int, reason: str) -> UserError:

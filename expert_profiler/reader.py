@@ -2,14 +2,13 @@
 
 Opening it takes one pass that counts (``tally``), in memory that does not grow with the rows.
 Whatever else is asked goes to DuckDB, as SQL over ``routes``: a Parquet log is read in place, a
-JSONL log is loaded into a table first, which DuckDB spills to disk above ``MEMORY_LIMIT``.
+JSONL log is loaded into a table first, which DuckDB spills to disk above ``duck.MEMORY_LIMIT``.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import logfile, partfiles, scanning, sources
+from expert_profiler import duck, logfile, partfiles, scanning, sources
 from expert_profiler.errors import UserError
 from expert_profiler.findings import (
+    CONTAMINATION_RUN,
     PHASES,
     Contamination,
     Counts,
     Identity,
+    find_contamination,
+    hold_against,
     phase_codes,
     selection,
 )
@@ -36,9 +38,16 @@ from expert_profiler.tally import Tally
 if TYPE_CHECKING:
     import duckdb
 
-MEMORY_LIMIT = "1GB"
-# Distinct tokens never route alike this long, bit for bit; padding and warm-up passes do.
-CONTAMINATION_RUN = 64
+__all__ = [
+    "CONTAMINATION_RUN",
+    "PHASES",
+    "Contamination",
+    "Counts",
+    "Identity",
+    "RouteLog",
+    "open_log",
+    "read_outputs",
+]
 
 _REQUEST_COLUMNS = "{type: 'VARCHAR', req_id: 'VARCHAR', cached_tokens: 'BIGINT'}"
 _CACHED = """
@@ -164,64 +173,14 @@ class RouteLog:
         # Identical rows have equal ids: nearly every log ends here, without reading weights.
         if self._tally.longest_run < CONTAMINATION_RUN:
             return Contamination(0, 0.0, 0, ())
-        if not self._weights:
-            with open_log(self.path, weights=True) as log:
-                return log.contamination
-        # A run starts where a row differs from the one before it and ends where the next starts.
-        runs = self.query(
-            """
-            WITH hashed AS (
-              SELECT layer, rowid AS row, hash(topk_ids, topk_weights) AS route
-              FROM routes WHERE NOT flagged)
-            SELECT layer, sum(size), max(size) FROM (
-              SELECT layer, lead(i, 1, n + 1) OVER (PARTITION BY layer ORDER BY i) - i AS size
-              FROM (SELECT layer, row_number() OVER w AS i, count(*) OVER (PARTITION BY layer) AS n,
-                           route IS DISTINCT FROM lag(route) OVER w AS starts
-                    FROM hashed WINDOW w AS (PARTITION BY layer ORDER BY row))
-              WHERE starts)
-            WHERE size >= ? GROUP BY layer ORDER BY layer""",
-            [CONTAMINATION_RUN],
-        )
-        rows = sum(int(size) for _, size, _ in runs)
-        longest = max((int(size) for *_, size in runs), default=0)
-        share = rows / self.num_rows if rows else 0.0
-        return Contamination(rows, share, longest, tuple(int(layer) for layer, *_ in runs))
+        self._load()
+        return find_contamination(self._db, self.num_rows)
 
     def identity(self, outputs_path: str | Path) -> Identity:
         """Hold the log against ``outputs.jsonl``, layer by layer and request by request."""
         positions = read_outputs(Path(outputs_path))
-        cached = self.cached_tokens()
-        expected = {req: n - cached.get(req, 0) for req, n in positions.items()}
-        found = self.query(
-            "SELECT req_id, min(n), max(n), count(*) FROM (SELECT req_id, layer, "
-            "count(DISTINCT token_idx) AS n FROM routes WHERE NOT flagged GROUP BY req_id, layer) "
-            "GROUP BY req_id"
-        )
-        seen = {str(req): (int(low), int(high), int(n)) for req, low, high, n in found}
-        # A logger that does not know the requests can still satisfy the sums.
-        nothing = (0, 0, 0)
-        joined = expected.keys() & seen.keys()
-        mismatches = []
-        if joined:
-            mismatches = [
-                f"request {req}: {_span(*seen.get(req, nothing)[:2])} positions, {want} expected"
-                for req, want in expected.items()
-                if seen.get(req, nothing) != (want, want, len(self.layers))
-            ]
-            strangers = sorted(seen.keys() - expected.keys())
-            mismatches += [f"request {req}: not in the outputs" for req in strangers]
-        per_layer = self.query(
-            "SELECT layer, count(*) FROM (SELECT DISTINCT req_id, token_idx, layer FROM routes "
-            "WHERE NOT flagged) GROUP BY layer"
-        )
-        unique = dict.fromkeys(self.layers, 0) | {int(layer): int(n) for layer, n in per_layer}
-        return Identity(
-            expected=sum(expected.values()),
-            cached=sum(cached.get(req, 0) for req in positions),
-            requests=len(positions),
-            per_layer=unique,
-            mismatches=tuple(mismatches),
-        )
+        self._load()
+        return hold_against(self._db, positions, self.cached_tokens(), self.layers)
 
     def cached_tokens(self) -> dict[str, int]:
         """Positions a request that the prefix cache served, which were never routed."""
@@ -328,12 +287,7 @@ class RouteLog:
 
     @cached_property
     def _db(self) -> duckdb.DuckDBPyConnection:
-        import duckdb  # 100 ms, which a Parquet log's histogram does without
-
-        db = duckdb.connect(config={"memory_limit": MEMORY_LIMIT, "temp_directory": self._scratch})
-        db.execute("SET enable_progress_bar = true")
-        db.execute("SET enable_progress_bar_print = false")
-        return db
+        return duck.connect(self._scratch)
 
     def _close(self) -> None:
         if "_db" in self.__dict__:
@@ -345,74 +299,28 @@ class RouteLog:
             raise UserError(
                 f"{self.path}: some ranks' logs are Parquet and some JSONL; convert one"
             )
+        bad = 0
         try:
-            bad = (
-                self._scan_parquet(on_progress)
-                if self.is_parquet
-                else self._scan_jsonl(on_progress)
-            )
+            if self.is_parquet:
+                scanning.scan_parquet(self.files, self._tally, on_progress)
+            else:
+                source = sources.json_source(self.files, sources.SCAN_COLUMNS)
+                with duck.told(self.files), duck.watching(self._db, on_progress):
+                    bad = scanning.scan_jsonl(self._db, source, self._tally)
         except scanning.MalformedError as error:
-            self._raise_bad_line()
+            logfile.raise_bad_line(self.files)
             raise UserError(f"{self.path}: {error}; {logfile.RECORD_AGAIN}") from None
         if bad > sum(file.partial_bytes > 0 for file in self.files):
-            self._raise_bad_line()
+            logfile.raise_bad_line(self.files)
         if not len(self._cell_rows):
             raise UserError(f"{self.path} has a header but no route rows; {logfile.RECORD_AGAIN}")
-
-    def _scan_jsonl(self, on_progress: Callable[[float], None] | None) -> int:
-        scan = scanning.JsonlScan(self._db, sources.json_source(self.files, sources.SCAN_COLUMNS))
-        with self._told(), _watching(self._db, on_progress):
-            for batch in scan:
-                self._tally.add(batch)
-        return scan.bad
-
-    def _scan_parquet(self, on_progress: Callable[[float], None] | None) -> int:
-        import pyarrow as pa
-
-        total = scanning.parquet_rows(self.files) if on_progress else 0
-        rows = 0
-        try:
-            for file in self.files:
-                for batch in scanning.parquet_batches(file):
-                    self._tally.add(batch)
-                    rows += len(batch.layer)
-                    if on_progress:
-                        on_progress(min(99.0, 100 * rows / total))
-        except (pa.ArrowException, OSError) as error:
-            fact = str(error).splitlines()[0]
-            raise UserError(f"{self.path}: {fact}; copy the directory again") from None
-        if on_progress:
-            on_progress(100.0)
-        return 0
 
     def _load(self) -> None:
         """Make ``routes``."""
         if not self._loaded:
-            with self._told():
+            with duck.told(self.files):
                 self._db.execute(sources.make_routes(self.files, self._weights))
             self._loaded = True
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say in one line what DuckDB stumbled over."""
-        import duckdb
-
-        try:
-            yield
-        except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-            self._raise_bad_line()
-            fact = str(error).splitlines()[0]
-            raise UserError(f"{self.path}: {fact}; {logfile.RECORD_AGAIN}") from None
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-            fact = str(error).splitlines()[0]
-            raise UserError(
-                f"{self.path}: {fact}; free disk space or set TMPDIR to a larger disk"
-            ) from None
-
-    def _raise_bad_line(self) -> None:
-        for file in self.files:
-            if not file.parts and (found := logfile.find_bad_line(file.path)):
-                raise logfile.bad_line_error(file.path, *found)
 
     @cached_property
     def _cells(self) -> npt.NDArray[np.int64]:
@@ -444,10 +352,6 @@ class RouteLog:
         return int(self.query(sql)[0][0])
 
 
-def _span(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} to {high}"
-
-
 def _ranges(numbers: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> "0-2, 5"."""
     parts: list[list[int]] = []
@@ -457,27 +361,3 @@ def _ranges(numbers: tuple[int, ...]) -> str:
         else:
             parts.append([number])
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
-
-
-@contextmanager
-def _watching(
-    db: duckdb.DuckDBPyConnection, on_progress: Callable[[float], None] | None
-) -> Iterator[None]:
-    """Report the running query's percentage from a second thread."""
-    if on_progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            on_progress(min(99.0, max(0.0, db.query_progress())))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        on_progress(100.0)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from expert_profiler.errors import UserError
 from expert_profiler.logfile import LogFile
-from expert_profiler.tally import Batch
+from expert_profiler.tally import Batch, Tally
 
 if TYPE_CHECKING:
     import duckdb
 
-PHASES = ("prefill", "decode", "unknown")
 _BATCH_ROWS = 1 << 17
 _COLUMNS = ["req_id", "token_idx", "layer", "phase", "flag", "topk_ids"]
 
@@ -35,61 +37,74 @@ class MalformedError(Exception):
     """A line or a value that no writer of route logs writes; where it is has yet to be found."""
 
 
-class JsonlScan:
-    """Batches of JSONL files. ``bad``: lines so far that are no record."""
+def scan_jsonl(db: duckdb.DuckDBPyConnection, source: str, tally: Tally) -> int:
+    """Count the rows of ``source``, a relation of lines; returns lines that are no record."""
+    import pyarrow as pa
 
-    def __init__(self, db: duckdb.DuckDBPyConnection, source: str) -> None:
-        self._db = db
-        self._source = source
-        self.bad = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        import pyarrow as pa
-
-        for chunk in self._db.sql(_SCAN.format(source=self._source)).to_arrow_reader(_BATCH_ROWS):
-            kind = chunk.column("kind").to_numpy()
-            if kind.any():
-                self.bad += int(np.count_nonzero(kind))
-                chunk = chunk.filter(pa.array(kind == 0))
-            if chunk.num_rows:
-                yield _batch(
-                    chunk.column("req_id").dictionary_encode(),
-                    chunk.column("phase").to_numpy(),
-                    chunk.column("flagged").to_numpy(zero_copy_only=False),
-                    chunk,
-                )
+    bad = 0
+    for chunk in db.sql(_SCAN.format(source=source)).to_arrow_reader(_BATCH_ROWS):
+        kind = chunk.column("kind").to_numpy()
+        if kind.any():
+            bad += int(np.count_nonzero(kind))
+            chunk = chunk.filter(pa.array(kind == 0))
+        if chunk.num_rows:
+            names = chunk.column("req_id").dictionary_encode()
+            flagged = chunk.column("flagged").to_numpy(zero_copy_only=False)
+            tally.add(_batch(names, chunk.column("phase").to_numpy(), flagged, chunk))
+    return bad
 
 
-def parquet_batches(file: LogFile) -> Iterator[Batch]:
-    """Batches of one Parquet log."""
+def scan_parquet(
+    files: Sequence[LogFile], tally: Tally, on_progress: Callable[[float], None] | None
+) -> None:
+    """Count the rows of Parquet logs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for part in file.parts:
-        reader = pq.ParquetFile(part, read_dictionary=["req_id", "phase", "flag"])
-        missing = [name for name in _COLUMNS if name not in reader.schema_arrow.names]
-        if missing:
-            raise MalformedError(f"{part} has no column {missing[0]}")
-        for chunk in reader.iter_batches(_BATCH_ROWS, columns=_COLUMNS):
-            names = chunk.column("req_id")
-            if not pa.types.is_dictionary(names.type):
-                names = names.cast("string").dictionary_encode()
-            phase = chunk.column("phase")
-            known = {"prefill": 0, "decode": 1}
-            codes = np.array([known.get(name, 2) for name in phase.dictionary.to_pylist()] + [2])
-            indices = phase.indices.fill_null(len(codes) - 1).to_numpy()
-            flagged = chunk.column("flag").is_valid().to_numpy(zero_copy_only=False)
-            for name in ("req_id", "token_idx", "layer", "topk_ids"):
-                if chunk.column(name).null_count:
-                    raise MalformedError(f"{part} has rows without {name}")
-            yield _batch(names, codes.astype(np.uint8)[indices], flagged, chunk)
+    parts = [part for file in files for part in file.parts]
+    try:
+        total = sum(pq.read_metadata(part).num_rows for part in parts)
+        done = 0
+        for batch in _ahead(batch for part in parts for batch in _batches_of(part)):
+            tally.add(batch)
+            done += len(batch.layer)
+            if on_progress:
+                on_progress(100 * done / total)
+    except (pa.ArrowException, OSError) as error:
+        fact = str(error).splitlines()[0]
+        raise UserError(f"{files[0].path}: {fact}; copy the directory again") from None
 
 
-def parquet_rows(files: Sequence[LogFile]) -> int:
-    """Rows of all logs, from their footers."""
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, the next one made by another thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, batches, None)
+            yield batch
+
+
+def _batches_of(part: Path) -> Iterator[Batch]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return sum(pq.read_metadata(part).num_rows for file in files for part in file.parts)
+    reader = pq.ParquetFile(part, read_dictionary=["req_id", "phase", "flag"])
+    missing = [name for name in _COLUMNS if name not in reader.schema_arrow.names]
+    if missing:
+        raise MalformedError(f"{part} has no column {missing[0]}")
+    for chunk in reader.iter_batches(_BATCH_ROWS, columns=_COLUMNS):
+        names = chunk.column("req_id")
+        if not pa.types.is_dictionary(names.type):
+            names = names.cast("string").dictionary_encode()
+        phase = chunk.column("phase")
+        known = {"prefill": 0, "decode": 1}
+        codes = np.array([known.get(name, 2) for name in phase.dictionary.to_pylist()] + [2])
+        indices = phase.indices.fill_null(len(codes) - 1).to_numpy()
+        flagged = chunk.column("flag").is_valid().to_numpy(zero_copy_only=False)
+        for name in ("req_id", "token_idx", "layer", "topk_ids"):
+            if chunk.column(name).null_count:
+                raise MalformedError(f"{part} has rows without {name}")
+        yield _batch(names, codes.astype(np.uint8)[indices], flagged, chunk)
 
 
 def _batch(names: Any, phase: Any, flagged: Any, chunk: Any) -> Batch:

@@ -34,6 +34,7 @@ def json_source(files: Sequence[LogFile], columns: str) -> str:
 def make_routes(files: Sequence[LogFile], weights: bool, name: str = "routes") -> str:
     """The statement that makes the relation that ``RouteLog.query`` describes."""
     weight_column = "topk_weights::DOUBLE[] AS topk_weights," if weights else ""
+    weight_column += " hash(topk_ids, topk_weights) AS route_hash,"
     if files[0].parts:
         paths = ", ".join(sql_path(part) for file in files for part in file.parts)
         return f"""

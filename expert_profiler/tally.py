@@ -15,8 +15,8 @@ import numpy.typing as npt
 _KINDS = 6
 # Layers and ids below this index tables; what lies outside is no real layer or expert.
 _DENSE = 1 << 16
-# Positions up to here are checked by checksum; a log with higher ones is checked row by row.
-_MAX_POSITION = 1 << 22
+# Layers times positions up to which rows are checked by checksum: 128 MB of hashes.
+_MAX_HASHES = 1 << 24
 
 Ints = npt.NDArray[Any]
 
@@ -63,20 +63,16 @@ class Tally:
         if n == 0:
             return
         slot = self._slot(batch.layer)
-        kind = batch.phase.astype(np.int64) * 2 + batch.flagged
-        cell = slot * _KINDS + kind
-        self._count(cell, batch)
+        kind = batch.phase * np.uint8(2) + batch.flagged
+        self._count(slot * _KINDS + kind, batch)
+        routes = _route_hash(batch.lengths, batch.ids, n)
+        codes = self._positions.see(batch.names, batch.request)
+        position = batch.position
         if batch.flagged.any():
             plain = ~batch.flagged
-            routes = _route_hash(batch.lengths, batch.ids, n)[plain]
-            slot, layer, position = slot[plain], batch.layer[plain], batch.position[plain]
-            self._positions.see(batch.names, batch.request)
-            request = batch.request[plain]
-        else:
-            routes = _route_hash(batch.lengths, batch.ids, n)
-            layer, position, request = batch.layer, batch.position, batch.request
+            slot, codes, position, routes = (x[plain] for x in (slot, codes, position, routes))
         if len(slot):
-            self._positions.add(batch.names, request, position, layer)
+            self._positions.add(codes, position, slot)
             self._runs.add(slot, routes)
 
     # ---- results -----------------------------------------------------------------------------
@@ -156,20 +152,25 @@ class Tally:
     def _count(self, cell: Ints, batch: Batch) -> None:
         slots = len(self._slot_of)
         ids, lengths = batch.ids, batch.lengths
-        of_id: Ints = np.repeat(cell, lengths)
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
         if low < 0 or high >= _DENSE:
+            of_id = np.repeat(cell, lengths)
             outside = (ids < 0) | (ids >= _DENSE)
             for c, expert in zip(of_id[outside].tolist(), ids[outside].tolist(), strict=True):
                 place = (c // _KINDS, c % _KINDS, expert)
                 self._strange[place] = self._strange.get(place, 0) + 1
-            of_id, ids = of_id[~outside], ids[~outside]
+            cell_of_id, ids, lengths = of_id[~outside], ids[~outside], 1
             high = int(ids.max(initial=-1))
+        else:
+            cell_of_id = cell
         width = max(high + 1, self._choices.shape[2])
         self._choices = _grown(self._choices, (slots, _KINDS, width))
         self._rows = _grown(self._rows, (slots, _KINDS))
-        key = of_id * width
-        key += ids
+        first = cell_of_id * width  # of the cell's row in the flat table
+        if isinstance(lengths, int):
+            key: Ints = (first[:, None] + ids.reshape(len(first), lengths)).reshape(-1)
+        else:
+            key = np.asarray(np.repeat(first, lengths) + ids)
         counted = np.bincount(key, minlength=slots * _KINDS * width)
         self._choices += counted.reshape(slots, _KINDS, width)
         self._rows += np.bincount(cell, minlength=slots * _KINDS).reshape(slots, _KINDS)
@@ -178,8 +179,8 @@ class Tally:
 class _Positions:
     """Which rows there are, as one checksum a request.
 
-    A row's number is a hash of its position and layer; a request's rows sum up to the sum over
-    its positions and all layers exactly when each is there once.
+    A row's number is a hash of its position and layer slot; a request's rows sum up to the sum
+    over its positions and all layers exactly when each is there once.
     """
 
     def __init__(self) -> None:
@@ -187,8 +188,9 @@ class _Positions:
         self._rows: Ints = np.zeros(0, dtype=np.int64)
         self._first: Ints = np.zeros(0, dtype=np.int64)
         self._sums: Ints = np.zeros(0, dtype=np.uint64)
-        self._layers: set[int] = set()
-        self._highest = 0
+        self._slots: set[int] = set()
+        self._lowest = self._highest = 0
+        self._hashes: Ints = np.zeros((0, 0), dtype=np.uint64)  # [slots, positions]
 
     @property
     def requests(self) -> int:
@@ -196,7 +198,7 @@ class _Positions:
 
     def see(self, names: Sequence[str], request: Ints) -> Ints:
         """[n] the requests' codes; new ones are taken in."""
-        used = np.unique(request).tolist() if len(names) > 1 else [0]
+        used = np.flatnonzero(np.bincount(request)).tolist()
         codes = np.full(len(names), -1, dtype=np.int64)
         for i in used:
             codes[i] = self._code_of.setdefault(names[i], len(self._code_of))
@@ -210,20 +212,36 @@ class _Positions:
         found: Ints = codes[request]
         return found
 
-    def add(self, names: Sequence[str], request: Ints, position: Ints, layer: Ints) -> None:
-        """Unflagged rows, at least one."""
-        codes = self.see(names, request)
-        self._layers.update(np.unique(layer).tolist())
+    def add(self, codes: Ints, position: Ints, slot: Ints) -> None:
+        """Unflagged rows, at least one: [n] codes that :meth:`see` gave, positions, layer slots."""
+        self._slots.update(np.flatnonzero(np.bincount(slot)).tolist())
+        low, high = int(position.min()), int(position.max())
+        self._lowest, self._highest = min(self._lowest, low), max(self._highest, high)
+        if not self._checkable:
+            return
+        if high >= self._hashes.shape[1] or max(self._slots) >= len(self._hashes):
+            size = 1 << max(high, self._hashes.shape[1] - 1).bit_length()
+            slots = np.arange(max(max(self._slots) + 1, len(self._hashes)))
+            self._hashes = _row_hash(np.arange(size + 1), slots[:, None])
         # Rows of one request come in runs: sum those up first.
         starts = np.flatnonzero(np.concatenate([[True], codes[1:] != codes[:-1]]))
         of_run = codes[starts]
+        flat = slot * self._hashes.shape[1] + position
+        hashes = np.take(self._hashes.reshape(-1), flat)
         np.add.at(self._rows, of_run, np.diff(np.append(starts, len(codes))))
         np.minimum.at(self._first, of_run, np.minimum.reduceat(position, starts))
-        np.add.at(self._sums, of_run, np.add.reduceat(_row_hash(position, layer), starts))
-        self._highest = max(self._highest, int(position.max()))
+        np.add.at(self._sums, of_run, np.add.reduceat(hashes, starts))
+
+    @property
+    def _checkable(self) -> bool:
+        """Whether the table of hashes that the check needs is of a sensible size."""
+        size = (self._highest + 1) * (max(self._slots, default=0) + 1)
+        return self._lowest >= 0 and size <= _MAX_HASHES
 
     @property
     def whole(self) -> bool:
+        if not self._checkable:
+            return False
         rows = self._rows[: len(self._code_of)]
         seen = rows > 0
         rows, first, sums = (
@@ -233,17 +251,13 @@ class _Positions:
         )
         if not len(rows):
             return True
-        layers = len(self._layers)
+        layers = len(self._slots)
         last = first + rows // layers
-        if (rows % layers).any() or first.min() < 0 or self._highest >= _MAX_POSITION:
-            return False
-        if int(last.max()) - 1 > self._highest:
+        if (rows % layers).any() or int(last.max()) - 1 > self._highest:
             return False
         # upto[p]: the sum over all layers and the positions below p.
         upto = np.zeros(self._highest + 2, dtype=np.uint64)
-        positions = np.arange(self._highest + 1, dtype=np.int64)
-        for item in self._layers:
-            upto[1:] += _row_hash(positions, np.int64(item))
+        upto[1:] = self._hashes[sorted(self._slots), : self._highest + 1].sum(axis=0)
         np.cumsum(upto, out=upto)
         return bool(np.array_equal(upto[last] - upto[first], sums))
 
@@ -281,31 +295,38 @@ class _Runs:
             self._last[item] = int(routes[ends[i] - 1]), open_length
 
 
-def _route_hash(lengths: Ints | int, ids: Ints, n: int) -> npt.NDArray[np.uint64]:
-    """[n] uint64: equal for rows with the same ids in the same order."""
-    if not isinstance(lengths, int):
-        # Hash each id with its place in the row; an order-free sum of those tells orders apart.
-        starts = np.cumsum(lengths) - lengths
-        place = np.arange(len(ids)) - np.repeat(starts, lengths)
-        hashes = np.append(_row_hash(ids.astype(np.int64), place), np.uint64(0))
-        sums = np.add.reduceat(hashes, starts) if n else hashes[:0]
-        return np.where(np.asarray(lengths) > 0, sums, 0).astype(np.uint64)
-    wide = ids.reshape(n, lengths)
-    if ids.dtype == np.uint8 and lengths in (1, 2, 4, 8):
-        packed = np.ascontiguousarray(wide).view(f"u{lengths}").reshape(n)
-        return packed.astype(np.uint64)
-    total = np.zeros(n, dtype=np.uint64)
-    for k in range(lengths):
-        total *= np.uint64(0x9E3779B97F4A7C15)
-        total += wide[:, k].astype(np.uint64)
-        total ^= total >> np.uint64(29)
-    return total
+def _route_hash(lengths: Ints | int, ids: Ints, n: int) -> Ints:
+    """[n] uint64: equal for rows with the same ids in the same order.
+
+    The sum of a hash of each id with its place, so that it does not depend on the batch's shape.
+    """
+    if isinstance(lengths, int):
+        total = np.zeros(n, dtype=np.uint64)
+        wide = ids.reshape(n, lengths)
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        tables = np.arange(high + 1) if low >= 0 and high < _DENSE else None
+        for k in range(lengths):
+            place = np.int64(k + 1)
+            column = wide[:, k]
+            total += (
+                _row_hash(column.astype(np.int64), place)
+                if tables is None
+                else _row_hash(tables, place)[column]
+            )
+        return total
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(len(ids)) - np.repeat(starts, lengths) + 1
+    hashes = np.append(_row_hash(ids.astype(np.int64), places), np.uint64(0))
+    sums: Ints = np.add.reduceat(hashes, starts)
+    sums[lengths == 0] = 0  # reduceat gives the next row's first
+    return sums
 
 
 def _row_hash(position: Any, layer: Any) -> npt.NDArray[np.uint64]:
     """splitmix64 of (position, layer)."""
-    x = np.asarray(position).astype(np.uint64)
-    x += np.asarray(layer).astype(np.uint64) << np.uint64(40)
+    x = np.asarray(position).astype(np.uint64) + (
+        np.asarray(layer).astype(np.uint64) << np.uint64(40)
+    )
     x *= np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_profiler import errors, logfile
+from expert_profiler import errors, logfile, partfiles
 from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ NAMES = {
     "prompts": "prompts.txt",
     "hist": "expert_hist.png",
 }
+PARQUET_ROUTES = "moe_routes.parquet"
 PROMPT_SEPARATOR = "\n\n---\n\n"
 META_KEYS: dict[str, type | tuple[type, ...]] = {
     "model_id": str,
@@ -358,8 +359,8 @@ def _parser() -> argparse.ArgumentParser:
 def _paths(args: argparse.Namespace) -> dict[str, Path]:
     """The artifacts to look at: those named, and those that exist in the folder."""
     named = {key: getattr(args, key) for key in NAMES if getattr(args, key) is not None}
-    for path in named.values():
-        if not path.exists():
+    for key, path in named.items():
+        if not (path.is_file() or (key == "routes" and path.is_dir())):
             raise UserError(f"no file {path}; make the artifacts with: ./test.sh")
     folder = args.dir if args.dir is not None or named else Path()
     found = {}
@@ -367,6 +368,8 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
         if not folder.is_dir():
             raise UserError(f"no directory {folder}; name the one with the artifacts: --dir DIR")
         found = {key: folder / name for key, name in NAMES.items() if (folder / name).is_file()}
+        if "routes" not in found and partfiles.is_dataset(folder / PARQUET_ROUTES):
+            found["routes"] = folder / PARQUET_ROUTES
         if not found | named:
             raise UserError(f"no artifacts in {folder.absolute()}; make them with: ./test.sh")
     return found | named
