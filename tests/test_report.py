@@ -18,7 +18,7 @@ import make_hist
 from expert_profiler import errors, figures, page, report, report_charts, token_types, vocabulary
 from expert_profiler.gather import gather
 from expert_profiler.reader import open_log
-from expert_profiler.report_data import collect
+from expert_profiler.report_data import collect, pass_balance
 from tests.logs import Record, meta, public_meta, route, run_rows, write_log
 
 EVIL = "<script>alert('x')</script>&\""
@@ -164,6 +164,27 @@ def test_figures_of_a_hand_made_log(tmp_path: Path) -> None:
     assert data["cache"]["accesses"] == [4]
     # Decode choices 0 1 | 0 3: a cache of two has expert 0 once.
     assert data["cache"]["hit_rate_by_layer_and_size"] == [[0, 0.25, 0.25, 0.25]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_balance_by_pass_equals_a_plain_loop(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [
+        route("0", t, layer, rng.permutation(6)[:2].tolist(), forward_pass_id=t // 3)
+        for t in range(10)
+        for layer in (0, 1)
+    ]
+    rank_of = rng.integers(0, 3, 6)
+    loads: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        for expert in row["topk_ids"]:
+            key = row["forward_pass_id"], row["layer"]
+            loads.setdefault(key, [0, 0, 0])[rank_of[expert]] += 1
+    path = write_log(tmp_path / "log.jsonl", [*rows, route("1", 0, 0, [0, 1], flag="overrun")])
+    with open_log(path, weights=True) as log:
+        found = pass_balance(log, "NOT flagged", rank_of, 3)
+        expected = sum(sum(x) / 3 for x in loads.values()) / sum(map(max, loads.values()))
+        assert found == pytest.approx(expected)
 
 
 def built(kind: str, experts: int = 8, tokens: int = 64) -> list[Record]:
