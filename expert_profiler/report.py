@@ -66,7 +66,8 @@ def html(collected: Collected, histogram: bytes) -> str:
 
 
 def _subtitle(run: dict[str, Any]) -> str:
-    phases = ", ".join(f"{phase} {n:,}" for phase, n in run["rows_by_phase"].items())
+    named = {"unknown": "phase not recorded"}
+    phases = ", ".join(f"{named.get(p, p)} {n:,}" for p, n in run["rows_by_phase"].items())
     top_k = "/".join(map(str, run["top_k"]))
     plural = "s" if len(run["layers"]) > 1 else ""
     return (
