@@ -111,7 +111,7 @@ def lines(
         axes.margins(y=0.08)
         axes.set_ylim(bottom=bottom)
     dress(axes, title, xlabel, ylabel)
-    legend(axes, len(series))
+    legend(axes)
 
 
 def bars(
@@ -143,7 +143,7 @@ def bars(
             axes.hlines(one.low, at - width * 0.46, at + width * 0.46, color=_INK, linewidth=2)
     axes.set_xticks(places, [str(group) for group in groups])
     dress(axes, title, xlabel, ylabel)
-    legend(axes, len(series))
+    legend(axes)
 
 
 def heat_map(
@@ -198,13 +198,14 @@ def dress(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend(axes: Axes, entries: int) -> None:
+def legend(axes: Axes) -> None:
     """Under the panel, where no line can run through it, and not wider than the panel."""
-    panels = len(axes.figure.axes)
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 4 if len(axes.figure.axes) == 1 else 2 if max(map(len, labels)) <= 30 else 1
     found = axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.17),
-        ncols=min(entries, 4 if panels == 1 else 2),
+        ncols=min(len(labels), columns),
         frameon=False,
         fontsize=_TEXT - 0.5,
         handlelength=3.2,

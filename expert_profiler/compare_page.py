@@ -125,7 +125,7 @@ def _normalised(data: dict[str, Any], runs: list[Run]) -> Html:
         axes.set_ylim(bottom=0)
         label = {"topk_entropy_lack": "lack of entropy", "topk_excess_peak": "excess peak"}[name]
         charts.dress(axes, title, "depth in the model (%)", f"{label} (0 even to 1)")
-        charts.legend(axes, len(data["runs"]))
+        charts.legend(axes)
     fractions = np.linspace(0, 1, 51)
     cover, [axes] = charts.new_figure(3.9)
     series = [

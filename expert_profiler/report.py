@@ -66,7 +66,8 @@ def html(collected: Collected, histogram: bytes) -> str:
 
 
 def _subtitle(run: dict[str, Any]) -> str:
-    phases = ", ".join(f"{phase} {n:,}" for phase, n in run["rows_by_phase"].items())
+    named = {"unknown": "phase not recorded"}
+    phases = ", ".join(f"{named.get(p, p)} {n:,}" for p, n in run["rows_by_phase"].items())
     top_k = "/".join(map(str, run["top_k"]))
     plural = "s" if len(run["layers"]) > 1 else ""
     return (
@@ -282,6 +283,15 @@ def _parallel(data: dict[str, Any]) -> Html:
             for e in (mine[name] for name in names)
         ]
         rows.append((ranks, *cells))
+    by_pass = data["expert_parallel_by_pass"]
+    waiting = ""
+    if not np.isnan(by_pass.get("linear", np.nan)):
+        waiting = (
+            f"Where every forward pass waits for its busiest rank, {by_pass['ranks']} ranks have "
+            f"{100 * by_pass['linear']:.1f}% in linear order and "
+            f"{100 * by_pass['round robin']:.1f}% in round robin: passes of few tokens are less "
+            "even than their sum. "
+        )
     planned = any(e.get("planned_on_other_requests") for e in data["expert_parallel"])
     basis = (
         "planned on every second request and measured on the others"
@@ -294,9 +304,9 @@ def _parallel(data: dict[str, Any]) -> Html:
         element(
             "p",
             "Balance = mean / max of the ranks' choices over the whole log: the share of the "
-            "busiest rank's work that the average rank has. Single forward passes are less even "
-            "than their sum. Greedy placements (DeepSeek's EPLB rules) are "
-            f"{basis}. Each copy of an expert takes an even share of its choices; where the "
+            f"busiest rank's work that the average rank has. {waiting}"
+            f"Greedy placements (DeepSeek's EPLB rules) are {basis}. Each copy of an expert takes "
+            "an even share of its choices; where the "
             "experts do not divide by the ranks, every greedy plan fills the spare slots.",
         ),
         table(("ranks", *(f"{name}: balance (%)" for name in names)), rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from expert_profiler import (
     coactivation,
     figures,
     metrics,
+    placement,
     resampling,
     token_types,
     tokens,
@@ -74,6 +76,8 @@ def collect(
     tests = _tests(found, labels) if labels is not None and found.joint is not None else []
     entries = figures.by_layer(found)
     parallel = figures.expert_parallel(found)
+    ranks = figures.key_ranks(found.num_experts)
+    where = tokens.UNFLAGGED if contaminated is None else tokens.CLEAN
     data = {
         "schema": SCHEMA,
         "verdict": verdict(log),
@@ -88,6 +92,17 @@ def collect(
         "prefill_decode_divergence_bits": figures.phase_divergence(found),
         "prefill_decode_divergence_floor_bits": figures.phase_floor(found),
         "expert_parallel": parallel,
+        "expert_parallel_by_pass": {
+            "ranks": ranks,
+            **{
+                name: pass_balance(log, where, place(found.num_experts, ranks), ranks)
+                for name, place in (
+                    ("linear", placement.linear),
+                    ("round robin", placement.round_robin),
+                )
+                if ranks
+            },
+        },
         "cache": _cache(found),
         "coactivation_top_pairs": _top_pairs(found),
         "hot_experts": hot_experts(found),
@@ -122,6 +137,28 @@ def verdict(log: RouteLog) -> dict[str, Any]:
         "suspicions": log.suspicions,
         "notes": log.notes,
     }
+
+
+def pass_balance(log: RouteLog, where: str, rank_of: Any, ranks: int) -> float:
+    """Balance when every forward pass waits for its busiest rank in every layer.
+
+    sum of mean / sum of max over (pass, layer), of the choices of each rank's experts. rank_of:
+    [experts]. No unit, 1/ranks to 1: never above the balance of the sums, and what the ranks'
+    time looks like if it grows with their choices. NaN without passes.
+    """
+    places = ", ".join(map(str, np.asarray(rank_of).tolist()))
+    [(mean, most)] = log.query(
+        f"""
+        SELECT sum(total) / ?, sum(busiest) FROM (
+          SELECT sum(n) AS total, max(n) AS busiest FROM (
+            SELECT forward_pass_id, layer, ([{places}])[id + 1] AS rank, count(*) AS n
+            FROM (SELECT forward_pass_id, layer, unnest(topk_ids) AS id FROM routes
+                  WHERE {where} AND forward_pass_id IS NOT NULL)
+            GROUP BY ALL)
+          GROUP BY forward_pass_id, layer)""",  # noqa: S608
+        [ranks],
+    )
+    return float(mean) / float(most) if most else math.nan
 
 
 def run_facts(log: RouteLog, found: Gathered) -> dict[str, Any]:
