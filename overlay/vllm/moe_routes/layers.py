@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.moe_routes.errors import RouteLogError
 
-_ITEM = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
+_ITEM = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def parse_selection(text: str) -> set[int] | None:
         match = _ITEM.fullmatch(item)
         if match is None:
             raise RouteLogError(
-                f"VLLM_LOG_MOE_LAYERS={text!r}: {item!r} is no layer; use all, 0 or 0,3-5"
+                f"VLLM_LOG_MOE_LAYERS={text[:80]!r}: {item[:80]!r} is no layer; use all, 0 or 0,3-5"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first > 10_000:
-            raise RouteLogError(f"VLLM_LOG_MOE_LAYERS={text!r}: {item.strip()!r} is no range")
+            raise RouteLogError(f"VLLM_LOG_MOE_LAYERS={text[:80]!r}: {item.strip()!r} is no range")
         chosen.update(range(first, last + 1))
     return chosen
 
@@ -123,7 +123,7 @@ def select(text: str, layers: Sequence[MoELayer]) -> list[MoELayer]:
     if unknown:
         known = ",".join(str(item.layer) for item in layers)
         raise RouteLogError(
-            f"VLLM_LOG_MOE_LAYERS={text!r}: layer {unknown[0]} is no MoE layer of this model; "
+            f"VLLM_LOG_MOE_LAYERS={text[:80]!r}: layer {unknown[0]} is no MoE layer of this model; "
             f"its MoE layers are {known}"
         )
     return [item for item in layers if item.layer in chosen]
