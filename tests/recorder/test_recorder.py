@@ -65,6 +65,10 @@ def _do(runner: FakeRunner, command: Any, **options: Any) -> dict[str, Any]:
     return control(SimpleNamespace(model_runner=runner), command, **options)
 
 
+def _all_routes(log: Path) -> list[dict[str, Any]]:
+    return [line for line in read_lines(log) if line["type"] == "route"]
+
+
 def _routes(log: Path, layer: int = INDICES[0]) -> list[dict[str, Any]]:
     return [line for line in read_lines(log) if line["type"] == "route" and line["layer"] == layer]
 
@@ -185,6 +189,8 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     assert runner.moe_routes is not None
+    while _do(runner, "status")["so_far"]["passes"] == 0:
+        time.sleep(0.01)  # what waits when the error comes is lost too, and counted
 
     def exhausted(*_: Any) -> None:
         raise MemoryError("no pinned memory left")
@@ -196,7 +202,12 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     answer = _do(runner, "stop")
     assert answer["ok"] is False
     assert "no pinned memory left" in answer["error"]
-    assert [line["type"] for line in read_lines(log)][-1] != "end", "the readers say: cut short"
+    end = read_lines(log)[-1]
+    assert (end["type"], end["reason"]) == ("end", "error"), "the file says so too"
+    assert "no pinned memory left" in end["error"]
+    assert end["rows"] == len(_all_routes(log)) == 2 * len(INDICES)
+    assert end["drops"]["write_error"] == 3 * len(INDICES)
+    assert end["self_check"]["verdict"] == "fail"
 
 
 @pytest.mark.parametrize("call", [(), ("status", "more"), (None,), ([],)])
@@ -391,14 +402,12 @@ def test_a_running_recording_has_no_end_record(arm: Arm, tmp_path: Path) -> None
 
 
 def _break_file(runner: FakeRunner) -> None:
-    """Every later write fails, as on a full disk."""
-
-    def full(_: bytes) -> int:
+    def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
     assert runner.moe_routes is not None
-    session = runner.moe_routes._recording._sink  # type: ignore[union-attr]
-    session._file._put = full
+    session: Any = runner.moe_routes._recording._sink.current  # type: ignore[union-attr]
+    session._file._file._write = full
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_engine(arm: Arm) -> None:

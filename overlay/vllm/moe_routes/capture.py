@@ -70,6 +70,10 @@ class CaptureBuffer(NamedTuple):
             return self
         return self._replace(slots=torch.tensor(slots, device=self.ids.device))
 
+    def picked(self, rows: Tensor) -> "CaptureBuffer":
+        """A copy of some rows: [m] int64 indices on the buffer's device."""
+        return self._replace(ids=self.ids[rows], weights=self.weights[rows])
+
     def select_ids(self, num_rows: int) -> Tensor:
         """The ids of the first rows: [num_rows, L, K], a view unless narrowed."""
         ids = self.ids[:num_rows]

@@ -37,13 +37,23 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     "VLLM_LOG_MOE_ON_FULL": lambda: os.getenv("VLLM_LOG_MOE_ON_FULL", "block"),
     # Rows reach the file at most this many seconds after their pass (Parquet: at least 30).
     "VLLM_LOG_MOE_FLUSH_SECONDS": lambda: os.getenv("VLLM_LOG_MOE_FLUSH_SECONDS", "1.0"),
+    # No file grows past this size: bytes, or with K, M or G (powers of 1024). Unset: no bound.
+    "VLLM_LOG_MOE_MAX_BYTES": lambda: os.getenv("VLLM_LOG_MOE_MAX_BYTES", ""),
+    # What happens there: "stop" ends the recording, "rotate" goes on in x.2.jsonl, x.3.jsonl, …
+    "VLLM_LOG_MOE_ON_MAX": lambda: os.getenv("VLLM_LOG_MOE_ON_MAX", "stop"),
+    # "1/n": record one request in n, the same ones on every rank. Mode per_token only.
+    "VLLM_LOG_MOE_SAMPLE": lambda: os.getenv("VLLM_LOG_MOE_SAMPLE", "1/1"),
     # Precision of weights in Parquet: "float32" (exact) or "float16".
     "VLLM_LOG_MOE_WEIGHTS": lambda: os.getenv("VLLM_LOG_MOE_WEIGHTS", "float32"),
 }
 
 ON_FULL = ("block", "drop")
+ON_MAX = ("stop", "rotate")
 MODES = ("stat", "per_pass", "per_token")
 SUFFIXES = (".jsonl", ".parquet")
+#: Least size of a file's bound: room for its header and its end record, whatever the model.
+LEAST_BYTES = 1 << 20
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 WEIGHTS = ("float32", "float16")
 
 
@@ -63,6 +73,9 @@ class RouteLogConfig:
         on_full: "block" or "drop".
         flush_seconds: longest time between a row's pass and its place in the file.
         weights: precision of weights in Parquet, one of ``WEIGHTS``.
+        max_bytes: size that no file grows past; None: no bound.
+        on_max: "stop" or "rotate".
+        sample: one request in this many is recorded.
     """
 
     path: Path | None
@@ -76,6 +89,14 @@ class RouteLogConfig:
     on_full: str = "block"
     flush_seconds: float = 1.0
     weights: str = "float32"
+    max_bytes: int | None = None
+    on_max: str = "stop"
+    sample: int = 1
+
+    @property
+    def private(self) -> bool:
+        """Whether files are their owner's only: a server writes what strangers' requests caused."""
+        return self.api
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "RouteLogConfig | None":
@@ -100,6 +121,19 @@ class RouteLogConfig:
                 "VLLM_LOG_MOE_MODE=stat keeps counts and writes no file; unset VLLM_LOG_MOE and "
                 "set VLLM_LOG_MOE_API=1, or use per_pass or per_token"
             )
+        sample = _sample(env)
+        check_sample(sample, mode)
+        max_bytes = _size(env, "VLLM_LOG_MOE_MAX_BYTES")
+        on_max = _choice(env, "VLLM_LOG_MOE_ON_MAX", "stop", ON_MAX)
+        if on_max == "rotate" and max_bytes is None:
+            raise RouteLogError(
+                "VLLM_LOG_MOE_ON_MAX=rotate needs a size; set VLLM_LOG_MOE_MAX_BYTES, such as 1G"
+            )
+        if on_max == "rotate" and path.endswith(".parquet"):
+            raise RouteLogError(
+                "VLLM_LOG_MOE_ON_MAX=rotate is for .jsonl files, and a .parquet directory is made "
+                "of parts already; use stop or name a .jsonl file"
+            )
         # A server must not wait for a slow disk unless it is told to; a job must not lose rows.
         on_full = "drop" if api else "block"
         return cls(
@@ -114,6 +148,9 @@ class RouteLogConfig:
             on_full=_choice(env, "VLLM_LOG_MOE_ON_FULL", on_full, ON_FULL),
             flush_seconds=_number(env, "VLLM_LOG_MOE_FLUSH_SECONDS", "1.0", 0.01, 3600),
             weights=_choice(env, "VLLM_LOG_MOE_WEIGHTS", "float32", WEIGHTS),
+            max_bytes=max_bytes,
+            on_max=on_max,
+            sample=sample,
         )
 
 
@@ -128,6 +165,19 @@ def check_mode(mode: str) -> str:
     return mode
 
 
+def check_sample(sample: int, mode: str) -> None:
+    """Refuse to sample where nothing is kept apart by request.
+
+    Raises:
+        RouteLogError: the mode counts whole passes.
+    """
+    if sample > 1 and mode != "per_token":
+        raise RouteLogError(
+            f"VLLM_LOG_MOE_SAMPLE=1/{sample} chooses requests and mode {mode} counts whole passes; "
+            "use mode per_token (VLLM_LOG_MOE_MODE=per_token) or unset VLLM_LOG_MOE_SAMPLE"
+        )
+
+
 def log_path(text: str, said_by: str = "route log ", mode: str | None = None) -> Path:
     """The absolute path of a log.
 
@@ -139,6 +189,11 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
     Raises:
         RouteLogError: its name does not say what it holds.
     """
+    if not text.isprintable():  # bytes that are no UTF-8 are not printable either
+        raise RouteLogError(
+            f"{said_by}{_short(text)} holds characters that no log's name may hold; name a file "
+            "such as moe_routes.jsonl"
+        )
     if mode == "per_pass" and not text.endswith(".jsonl"):
         raise RouteLogError(
             f"{said_by}{text} does not end in .jsonl, which mode per_pass writes; name a file such "
@@ -155,7 +210,8 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
 def _choice(env: Mapping[str, str], name: str, default: str, known: Sequence[str]) -> str:
     value = env.get(name, default)
     if value not in known:
-        raise RouteLogError(f"{name}={value!r}; use {', '.join(known[:-1])} or {known[-1]}")
+        choices = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise RouteLogError(f"{name}={_short(value)}; use {choices}")
     return value
 
 
@@ -166,5 +222,34 @@ def _number(env: Mapping[str, str], name: str, default: str, low: float, high: f
     except ValueError:
         value = float("nan")
     if not low <= value <= high:  # also false for NaN
-        raise RouteLogError(f"{name}={text!r}; use a number from {low:g} to {high:g}")
+        raise RouteLogError(f"{name}={_short(text)}; use a number from {low:g} to {high:g}")
     return value
+
+
+def _size(env: Mapping[str, str], name: str) -> int | None:
+    """Bytes of a size such as ``512M``; None where it is unset."""
+    text = env.get(name, "").strip()
+    if not text:
+        return None
+    number, unit = (text[:-1], text[-1].upper()) if text[-1].upper() in _UNITS else (text, "")
+    # isdecimal takes other scripts' digits too; their number of digits bounds what int() does.
+    value = int(number) * _UNITS[unit] if number.isdecimal() and len(number) < 20 else 0
+    if not LEAST_BYTES <= value <= 1 << 60:
+        raise RouteLogError(f"{name}={_short(text)}; use a size of at least 1M, such as 512M or 4G")
+    return value
+
+
+def _sample(env: Mapping[str, str]) -> int:
+    """n of ``1/n``."""
+    text = env.get("VLLM_LOG_MOE_SAMPLE", "1/1").strip()
+    one, _, n = text.partition("/")
+    if one != "1" or not n.isdecimal() or not 1 <= len(n) <= 6 or int(n) < 1:
+        raise RouteLogError(
+            f"VLLM_LOG_MOE_SAMPLE={_short(text)}; use 1/n with n from 1 to 999999, such as 1/16"
+        )
+    return int(n)
+
+
+def _short(text: str) -> str:
+    """What was given, quoted, on one line of bounded length."""
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}…"

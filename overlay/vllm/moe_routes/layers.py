@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.moe_routes.errors import RouteLogError
 
-_ITEM = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
+_ITEM = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ def parse_selection(text: str, said_by: str = "VLLM_LOG_MOE_LAYERS=") -> set[int
     for item in text.split(","):
         match = _ITEM.fullmatch(item)
         if match is None:
-            raise RouteLogError(f"{said_by}{text!r}: {item!r} is no layer; use all, 0 or 0,3-5")
+            raise RouteLogError(
+                f"{said_by}{text[:80]!r}: {item[:80]!r} is no layer; use all, 0 or 0,3-5"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first > 10_000:
-            raise RouteLogError(f"{said_by}{text!r}: {item.strip()!r} is no range")
+            raise RouteLogError(f"{said_by}{text[:80]!r}: {item.strip()!r} is no range")
         chosen.update(range(first, last + 1))
     return chosen
 
@@ -124,7 +126,7 @@ def select(
     if unknown:
         known = ",".join(str(item.layer) for item in layers)
         raise RouteLogError(
-            f"{said_by}{text!r}: layer {unknown[0]} is no MoE layer of this model; "
+            f"{said_by}{text[:80]!r}: layer {unknown[0]} is no MoE layer of this model; "
             f"its MoE layers are {known}"
         )
     return [item for item in layers if item.layer in chosen]

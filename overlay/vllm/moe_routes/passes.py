@@ -12,12 +12,16 @@ import numpy.typing as npt
 from vllm.moe_routes import tally
 from vllm.moe_routes.formats.jsonl import JsonlLog
 from vllm.moe_routes.rows import Step
-from vllm.moe_routes.session import now
+from vllm.moe_routes.session import now, with_write_errors
 from vllm.moe_routes.tally import FORWARD_MODES, PassTokens, Shape, Tally
 
 #: What a full dump can show: the latest passes, within both bounds.
 KEPT_RECORDS = 1000
 KEPT_BYTES = 16 << 20
+#: Bounds of a pass's line, of an end record without its counts, and of one of those.
+_LINE_BYTES = 2 << 10
+_END_BYTES = 64 << 10
+_COUNT_BYTES = 20
 
 
 class Kept(NamedTuple):
@@ -40,9 +44,17 @@ class PassLog:
         header: the meta record without its ``start_time``.
         shape: what is counted over.
         rank: this worker's, for the records.
+        private: the file is its owner's only.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], shape: Shape, rank: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        shape: Shape,
+        rank: int,
+        private: bool = False,
+    ) -> None:
         self.path = path
         self.tally = Tally(shape)
         #: Held while the figures below change, so that a dump sees whole passes only.
@@ -59,7 +71,20 @@ class PassLog:
         self._dropped_tokens = 0
         self.started = time.time()
         self.end: dict[str, Any] | None = None
-        self._file = JsonlLog(path, {**header, "start_time": now()}, shape.layers, "float32")
+        self._file = JsonlLog(
+            path, {**header, "start_time": now()}, shape.layers, "float32", private
+        )
+        self._abandoned = False
+
+    def follow(self, before: "PassLog") -> None:
+        """Go on where ``before`` ended: a dump shows the passes of both."""
+        self.lock = before.lock
+        self.first, self.kept, self._kept_bytes = before.first, before.kept, before._kept_bytes
+
+    def fits(self, step: Step, limit: int) -> bool:
+        """Whether the file, with the step's line and an end, stays within ``limit`` bytes."""
+        end = _END_BYTES + _COUNT_BYTES * len(self._shape.layers) * self._shape.num_experts
+        return self._file.bytes + _LINE_BYTES + end <= limit
 
     def consume(self, step: Step) -> None:
         """Write one pass."""
@@ -75,10 +100,11 @@ class PassLog:
         counts = step.pending.resolve()
         record = self._record(step, tokens, counts)
         lost_rows = tally.lost_rows(counts, tokens.total, self._shape)
-        self._file.write_record(record)
+        rows = tokens.total * len(self._shape.layers) - lost_rows
+        self._file.write_record(record, rows)
         with self.lock:
             self.tally.add(tokens, counts)
-            self.rows += tokens.total * len(self._shape.layers) - lost_rows
+            self.rows += rows
             self.drops["not_captured"] += lost_rows
             self.first = self.first or record
             self._keep(Kept(record, counts.astype(np.int32)))
@@ -111,29 +137,55 @@ class PassLog:
     def lose(self, step: Step) -> None:
         """Account for a pass that can't be written any more."""
         tokens = int(step.num_scheduled_tokens.sum())
-        self._dropped_tokens += tokens
         self.drops["write_error"] += tokens * len(self._shape.layers)
 
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
         self._file.flush()
 
-    def close(self, reason: str) -> None:
-        """Write the end record, with the sum of all counts, and close the file."""
+    def close(self, reason: str, **facts: Any) -> None:
+        """Write the end record, with the sum of all counts, and close the file.
+
+        Args:
+            reason: for the end record.
+            facts: more for it.
+        """
+        if self._abandoned:
+            self._file.close_abandoned(lambda: self._end_record(reason, facts))
+        else:
+            self._file.flush()  # so that the end record knows every byte before it
+            self._file.close(self._end_record(reason, facts))
+
+    def _end_record(self, reason: str, facts: dict[str, Any]) -> dict[str, Any]:
+        if self._abandoned:
+            self._count_what_is_held()
         end = {
             "type": "end",
             "reason": reason,
+            **facts,
             **self.totals(),
             "self_check": self.verdict(),
             "expert_counts": self.tally.counts[:, :, :-1].sum(axis=0).tolist(),
             "end_time": now(),
         }
-        self._file.close(end)
         self.end = {name: value for name, value in end.items() if name != "expert_counts"}
+        return end
 
     def abandon(self) -> None:
-        """Give up on the file after a write error; what reached it stays readable."""
+        """Stop writing after an error, and count what was believed written and is not."""
+        self._abandoned = True
         self._file.abandon()
+        self._count_what_is_held()
+
+    def discard(self) -> None:
+        """Remove the file: nothing was recorded in it."""
+        self._file.discard()
+
+    def _count_what_is_held(self) -> None:
+        held = self._file.held
+        with self.lock:
+            self.drops["write_error"] += self.rows - held.rows
+            self.rows = held.rows
 
     def totals(self) -> dict[str, Any]:
         """The counters as they stand; may be read from any thread."""
@@ -144,14 +196,16 @@ class PassLog:
             **self.tally.facts(),
             "bytes": self._file.bytes,
             "drops": dict(self.drops),
+            "rows_skipped": 0,
         }
 
     def verdict(self) -> dict[str, Any]:
         """The self-check as it stands."""
-        return tally.verdict(
+        found = tally.verdict(
             self.tally.counts.sum(axis=0),
             sum(self.tally.tokens),
             self._shape,
             self._dropped_tokens,
             self.passes_unfinished,
         )
+        return with_write_errors(found, self.drops["write_error"])

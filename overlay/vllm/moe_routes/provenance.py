@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.sample import RULE
 
 SCHEMA_VERSION = 1
 
@@ -84,6 +86,12 @@ def layer_facts(recorded: Sequence[MoELayer]) -> dict[str, Any]:
         "num_experts": max(item.num_experts for item in recorded),
         "layers": [item.as_dict() for item in recorded],
     }
+
+
+def limit_facts(config: RouteLogConfig) -> dict[str, Any]:
+    """What the header says of rows that are left out on purpose."""
+    sample = {"one_in": config.sample, "rule": RULE} if config.sample > 1 else None
+    return {"sample": sample, "max_bytes": config.max_bytes, "on_max": config.on_max}
 
 
 def header(

@@ -107,6 +107,8 @@ class Recorder:
         #: One that was reset away and is still being written.
         self._previous: Recording | None = None
         self._active = False
+        #: Whether the last recording ended at its bound and nobody has stopped it since.
+        self._ended_itself = False
         self._header: dict[str, Any] = {}
         if self._layers:
             self._tap(runner, modules, len(found))
@@ -151,7 +153,10 @@ class Recorder:
     def begin_step(self, scheduler_output: Any) -> None:
         """Note what a step starts and ends. Also called for steps without a forward pass."""
         if self._active and self._recording is not None:
-            self._recording.begin(scheduler_output)
+            if self._recording.over:
+                self._end_at_bound()
+            else:
+                self._recording.begin(scheduler_output)
 
     def end_step(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Take the forward pass that just ran.
@@ -236,6 +241,9 @@ class Recorder:
             timeout: seconds to wait for that; 0 does not wait, and ``status`` tells.
         """
         if not self._active:
+            if self._ended_itself:  # nothing is left to do for who did not know
+                self._ended_itself = False
+                return self.status()
             raise ConflictError("no recording runs; start one first")
         self._active = False
         if self._recording is not None:
@@ -280,7 +288,7 @@ class Recorder:
             "mode": self._mode,
             "layers": self._selection,
             "next_path": self._path,
-            "recording": self._active,
+            "recording": self._active and not (self._recording and self._recording.over),
             "closing": self._is_closing(),
             "directory": str(self._config.directory),
         }
@@ -296,6 +304,15 @@ class Recorder:
         if not result["ok"]:
             logger.error("MoE route log: %s", result["error"])
 
+    def _end_at_bound(self) -> None:
+        """The file is full: its recording is over, and this pass is not part of it."""
+        result = self.control("stop", reason="max_bytes", timeout=0)
+        self._ended_itself = True
+        logger.info(
+            "MoE route log %s ended at VLLM_LOG_MOE_MAX_BYTES; generation goes on",
+            result.get("path"),
+        )
+
     # ---- inside ----------------------------------------------------------------------------
 
     def _make(self, path: str | None) -> Recording | None:
@@ -304,6 +321,7 @@ class Recorder:
         if not chosen:
             return None
         slots = [self._layers.index(item) for item in chosen]
+        config_module.check_sample(self._config.sample, self._mode)
         if self._mode == "stat":
             if path is not None:
                 raise RouteLogError(f"mode stat keeps counts and writes no file; drop {path}")
@@ -314,13 +332,14 @@ class Recorder:
             **provenance.layer_facts(chosen),
             "num_moe_layers": self._num_moe_layers,
             "files": names,
+            **provenance.limit_facts(self._config),
         }
         make = PassRecording if self._mode == "per_pass" else TokenRecording
         return make(self._source, chosen, slots, file, header)
 
     def _feed(self, recording: Recording | None) -> None:
         """Feed ``recording`` from the next forward pass on."""
-        self._recording, self._active = recording, True
+        self._recording, self._active, self._ended_itself = recording, True, False
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
             atexit.register(self.shutdown)

@@ -7,22 +7,25 @@ on the worker's engine thread unless they say otherwise.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
 from vllm.logger import init_logger
 from vllm.moe_routes import formats, tally
 from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.chain import Chain, Part
 from vllm.moe_routes.clock import Clock
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.counting import Counter
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.rows import Step, StopRule
+from vllm.moe_routes.sample import Sample
 from vllm.moe_routes.session import Session
 from vllm.moe_routes.snapshot import Snapshotter
 from vllm.moe_routes.tally import Shape, Tally
@@ -92,7 +95,7 @@ class Recording:
         try:
             self._take(num_scheduled_tokens)
         except Exception as error:
-            self._fail(error)
+            self._fail(error, num_scheduled_tokens)
         self._in_pass = False
 
     def stop(self, reason: str, timeout: float) -> None:
@@ -141,6 +144,11 @@ class Recording:
         return batch.num_computed_tokens_cpu[:num_reqs], batch.num_prompt_tokens[:num_reqs]
 
     @property
+    def over(self) -> bool:
+        """Whether the recording ended by itself, at a bound."""
+        return False
+
+    @property
     def closed(self) -> bool:
         """Whether everything is written and the file closed."""
         raise NotImplementedError
@@ -148,7 +156,7 @@ class Recording:
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         raise NotImplementedError
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         raise NotImplementedError
 
     def _close(self, reason: str, timeout: float) -> None:
@@ -176,6 +184,7 @@ class StatRecording(Recording):
         self._verdict: dict[str, Any] | None = None
         self._lost_rows = 0
         self._passes_lost = 0
+        self._lost_tokens = 0
 
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         computed, prompt = self._arrays(len(num_scheduled_tokens))
@@ -183,8 +192,9 @@ class StatRecording(Recording):
         self._counter.add(self._device_counts[tokens.forward_mode], tokens.total)
         self._tally.add_pass(tokens)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         self._passes_lost += 1
+        self._lost_tokens += int(num_scheduled_tokens.sum())
         if self._error is None:
             self._error = f"{type(error).__name__}: {error}"
             logger.exception("A pass could not be counted; generation goes on. %s", self._error)
@@ -215,7 +225,11 @@ class StatRecording(Recording):
                 "passes_unfinished": self.passes_unfinished,
                 **self._tally.facts(),
                 "bytes": 0,
-                "drops": {"not_captured": self._lost_rows},
+                "drops": {
+                    "not_captured": self._lost_rows,
+                    "not_counted": self._lost_tokens * len(self.layers),
+                },
+                "rows_skipped": 0,
             },
             "waiting_bytes": 0,
             "waiting_passes": 0,
@@ -228,21 +242,25 @@ class StatRecording(Recording):
 class _FileRecording(Recording):
     """A recording with a sink and a writer thread behind it."""
 
-    _sink: Session | PassLog
-
-    def _write_to(self, sink: Session | PassLog) -> None:
-        self._sink = sink
+    def _write_to(self, make: Callable[[Path, dict[str, Any]], Part], path: Path) -> None:
         config = self._source.config
-        flush_seconds = max(config.flush_seconds, formats.shortest_flush(sink.path))
-        self._writer = Writer(sink, config.queue_bytes, config.on_full, flush_seconds)
+        rotate = config.on_max == "rotate"
+        self._sink = Chain(make, path, config.max_bytes, rotate, len(self.layers))
+        flush_seconds = max(config.flush_seconds, formats.shortest_flush(path))
+        self._writer = Writer(self._sink, config.queue_bytes, config.on_full, flush_seconds)
         self._step_id = 0
+
+    @property
+    def over(self) -> bool:
+        return self._sink.over
 
     def begin(self, scheduler_output: Any) -> None:
         super().begin(scheduler_output)
         self._sink.passes_unfinished = self.passes_unfinished
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         self._writer.fail(error)
+        self._writer.put(_not_taken(num_scheduled_tokens))
 
     def _close(self, reason: str, timeout: float) -> None:
         self._sink.passes_unfinished = self.passes_unfinished
@@ -254,7 +272,7 @@ class _FileRecording(Recording):
 
     def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
         with self._sink.lock:
-            return self._sink.tally.counts.copy(), {**self._status(), **self._records(max_records)}
+            return self._sink.counts(), {**self._status(), **self._records(max_records)}
 
     def _records(self, max_records: int) -> dict[str, Any]:
         return {}
@@ -262,6 +280,7 @@ class _FileRecording(Recording):
     def _status(self) -> dict[str, Any]:
         return {
             "path": str(self._sink.path),
+            "files": [str(path) for path in self._sink.files],
             "so_far": self._sink.totals(),
             "waiting_bytes": self._writer.waiting_bytes,
             "waiting_passes": self._writer.waiting_steps,
@@ -286,8 +305,16 @@ class PassRecording(_FileRecording):
     ) -> None:
         super().__init__(source, layers, slots)
         self._counter = Counter(self._buffer, self.shape)
-        self._passes = PassLog(path, {**header, "mode": self.mode}, self.shape, source.rank)
-        self._write_to(self._passes)
+        self._write_to(
+            lambda path, facts: PassLog(
+                path,
+                {**header, "mode": self.mode, **facts},
+                self.shape,
+                source.rank,
+                source.config.private,
+            ),
+            path,
+        )
 
     def begin(self, scheduler_output: Any) -> None:
         super().begin(scheduler_output)
@@ -315,10 +342,11 @@ class PassRecording(_FileRecording):
         self._step_id += 1
 
     def _records(self, max_records: int) -> dict[str, Any]:
-        kept = list(self._passes.kept)[-max_records:] if max_records else []
+        passes: Any = self._sink.current
+        kept = list(passes.kept)[-max_records:] if max_records else []
         counts = [item.counts[:, :-1] for item in kept]
         return {
-            "first_record": self._passes.first,
+            "first_record": passes.first,
             # As text, which is quickest on its way through two processes.
             "records": msgspec.json.encode([item.record for item in kept]),
             "record_counts": np.array(counts, dtype="<i4").tobytes(),
@@ -339,8 +367,15 @@ class TokenRecording(_FileRecording):
         header: dict[str, Any],
     ) -> None:
         super().__init__(source, layers, slots)
-        weights = source.config.weights
-        self._write_to(Session(path, header, layers, source.buffer.not_an_id, weights))
+        not_an_id = source.buffer.not_an_id
+        weights, private = source.config.weights, source.config.private
+        self._write_to(
+            lambda path, facts: Session(
+                path, {**header, **facts}, layers, not_an_id, weights, private
+            ),
+            path,
+        )
+        self._sample = Sample(source.config.sample) if source.config.sample > 1 else None
         self._finished: list[str] = []
         self._new: set[str] = set()
         self._known: set[str] = set()
@@ -349,6 +384,8 @@ class TokenRecording(_FileRecording):
         super().begin(scheduler_output)
         self._finished.extend(scheduler_output.finished_req_ids)
         self._known.difference_update(scheduler_output.finished_req_ids)
+        if self._sample is not None:
+            self._sample.forget(scheduler_output.finished_req_ids)
         self._new = {item.req_id for item in scheduler_output.scheduled_new_reqs}
 
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
@@ -356,6 +393,18 @@ class TokenRecording(_FileRecording):
         req_ids = runner.input_batch.req_ids
         computed, prompt = self._arrays(len(num_scheduled_tokens))
         runs_ahead = runner.use_async_scheduling
+        tokens = runner.input_ids.gpu if runs_ahead else None
+        buffer, skipped = self._buffer, 0
+        if self._sample is not None:
+            kept = self._sample.rows(req_ids, num_scheduled_tokens)
+            req_ids = [req_ids[i] for i in kept.requests]
+            computed, prompt = computed[kept.requests], prompt[kept.requests]
+            skipped = int(num_scheduled_tokens.sum()) - len(kept.rows)
+            num_scheduled_tokens = num_scheduled_tokens[kept.requests]
+            index = torch.from_numpy(kept.rows).to(buffer.ids.device)
+            buffer = buffer.picked(index)
+            tokens = None if tokens is None else tokens[index]
+        num_rows = int(num_scheduled_tokens.sum())
         step = Step(
             forward_pass_id=self._step_id,
             req_ids=req_ids.copy(),
@@ -365,11 +414,8 @@ class TokenRecording(_FileRecording):
             new_requests=self._new,
             stop_rules=self._stop_rules(req_ids) if runs_ahead else {},
             finished=self._finished,
-            pending=self._source.snapshotter.take(
-                self._buffer,
-                int(num_scheduled_tokens.sum()),
-                runner.input_ids.gpu if runs_ahead else None,
-            ),
+            pending=self._source.snapshotter.take(buffer, num_rows, tokens) if num_rows else None,
+            skipped=skipped,
         )
         self._finished = []
         self._step_id += 1
@@ -395,6 +441,12 @@ def _stop_rule(params: Any) -> StopRule | None:
         return None
     stops = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
     return StopRule(frozenset(stops or ()), params.min_tokens)
+
+
+def _not_taken(num_scheduled_tokens: npt.NDArray[Any]) -> Step:
+    """A step whose routes nobody has: it can only be counted."""
+    num_tokens, none = num_scheduled_tokens.copy(), np.zeros(0, dtype=np.int32)
+    return Step(-1, [], num_tokens, none, none, (), {}, (), None)
 
 
 def _only_finished(finished: list[str]) -> Step:

@@ -6,7 +6,7 @@ works it out on the writer thread, step by step and in order.
 """
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class Step(NamedTuple):
         pending: the routes, or the counts where only those are recorded; None when the pass was
             dropped.
         elapsed: how long it took, where that is recorded.
+        skipped: tokens of the pass that were left out, because their requests are not sampled.
     """
 
     forward_pass_id: int
@@ -69,6 +70,7 @@ class Step(NamedTuple):
     finished: Sequence[str]
     pending: Pending | None
     elapsed: Elapsed = not_timed
+    skipped: int = 0
 
 
 class RowTable(NamedTuple):
@@ -247,6 +249,11 @@ class RequestBook:
     def finish(self, raw_ids: Sequence[str]) -> list[Request]:
         """Close requests; those that the recording never saw are passed over."""
         return [self._live.pop(raw_id) for raw_id in raw_ids if raw_id in self._live]
+
+    @property
+    def live_ids(self) -> Iterable[str]:
+        """vLLM's own ids of the requests that are not closed."""
+        return self._live
 
     def finish_all(self) -> list[Request]:
         """Close what is still running when the recording stops."""

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm.logger import init_logger
 from vllm.moe_routes.errors import RouteLogError
@@ -24,7 +24,7 @@ class Sink(Protocol):
     def consume(self, step: Step) -> None: ...
     def lose(self, step: Step) -> None: ...
     def flush(self) -> None: ...
-    def close(self, reason: str) -> None: ...
+    def close(self, reason: str, **facts: Any) -> None: ...
     def abandon(self) -> None: ...
 
 
@@ -32,7 +32,7 @@ class Writer:
     """Feeds steps to a sink on a thread of its own.
 
     A sink's error never reaches the engine: recording stops, the error is kept in :attr:`error`
-    and every later step is counted as lost.
+    and every later step is counted as lost. The sink still gets the chance to say so in its end.
 
     Args:
         sink: receives the steps in order.
@@ -137,8 +137,8 @@ class Writer:
                     self._changed.notify_all()
             elif closing is not None:
                 self._guard(partial(self._sink.close, closing))
-                if self.error is not None and not self._abandoned:
-                    self._sink.abandon()
+                if self.error is not None:
+                    self._end_abandoned()
                 return
             if flush_at is not None and time.monotonic() >= flush_at:
                 self._guard(self._sink.flush)
@@ -148,6 +148,7 @@ class Writer:
         if self.error is None:
             self._guard(lambda: self._sink.consume(step))
         if self.error is not None:
+            self._abandon()  # where the engine's thread met the error
             self._sink.lose(step)
 
     def _guard(self, action: Callable[[], None]) -> None:
@@ -159,5 +160,26 @@ class Writer:
         except Exception as error:  # whatever it is, the engine must go on
             self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
             logger.exception("Recording stopped; generation goes on. %s", self.error)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        if self._abandoned:
+            return
+        self._abandoned = True
+        try:
             self._sink.abandon()
-            self._abandoned = True
+        except Exception:  # this thread must go on: a full queue would block the engine for ever
+            logger.exception("%s: its figures may be wrong", self._sink.path)
+
+    def _end_abandoned(self) -> None:
+        """Say in the file what was lost, if it can still be said."""
+        self._abandon()
+        try:
+            self._sink.close("error", error=self.error)
+        except Exception as error:
+            logger.error(
+                "%s has no end record (%s: %s); the figures stand in the status only",
+                self._sink.path,
+                type(error).__name__,
+                error,
+            )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How rows become bytes: one module a format, chosen by the name of the log."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
+from vllm.moe_routes.formats.linefile import Held
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import RowTable
 
@@ -38,6 +39,18 @@ class RouteFile(Protocol):
     def write_request(self, record: dict[str, Any]) -> None:
         """Add a request's record."""
 
+    @property
+    def held(self) -> Held:
+        """What was handed to the operating system, and is still there as far as is known."""
+
+    def most_bytes(self, num_rows: int, id_bytes: int) -> int:
+        """A bound of the bytes that rows take.
+
+        Args:
+            num_rows: tokens times layers.
+            id_bytes: length of the longest request id, as JSON.
+        """
+
     def flush(self) -> None:
         """Hand everything added so far to the operating system."""
 
@@ -45,13 +58,34 @@ class RouteFile(Protocol):
         """Write the end record; everything before it is flushed."""
 
     def abandon(self) -> None:
-        """Give up after a write error; what reached the disk stays readable."""
+        """Stop after an error: forget what can't be written, so that ``held`` is all there is."""
+
+    def close_abandoned(self, make_end: Callable[[], dict[str, Any]]) -> None:
+        """Close after ``abandon``, with an end record if there is any room for one.
+
+        Args:
+            make_end: the end record, by what is held when it is called; it may be called twice.
+        """
+
+    def discard(self) -> None:
+        """Remove a log in which nothing was recorded."""
 
 
 def create(
-    path: Path, header: dict[str, Any], layers: Sequence[MoELayer], weights: str
+    path: Path,
+    header: dict[str, Any],
+    layers: Sequence[MoELayer],
+    weights: str,
+    private: bool = False,
 ) -> RouteFile:
     """Create the log at ``path``, which must not exist; its header is on disk when this returns.
+
+    Args:
+        path: where; its name says the format.
+        header: the meta record.
+        layers: the recorded layers, in slot order.
+        weights: precision to keep weights in, one of ``config.WEIGHTS``.
+        private: readable by its owner only, whatever the umask.
 
     Raises:
         RouteLogError: it exists, or can't be created.
@@ -59,10 +93,10 @@ def create(
     if path.name.endswith(".parquet"):
         from vllm.moe_routes.formats.parquet import ParquetLog
 
-        return ParquetLog(path, header, layers, weights)
+        return ParquetLog(path, header, layers, weights, private)
     from vllm.moe_routes.formats.jsonl import JsonlLog
 
-    return JsonlLog(path, header, layers, weights)
+    return JsonlLog(path, header, layers, weights, private)
 
 
 def shortest_flush(path: Path) -> float:

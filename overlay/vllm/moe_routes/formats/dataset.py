@@ -70,13 +70,16 @@ class PartWriter:
         folder: directory to make.
         columns: a :func:`schema`.
         header: the meta record.
+        private: readable by its owner only, whatever the umask.
 
     Raises:
         FileExistsError: ``folder`` exists.
         OSError: it can't be made.
     """
 
-    def __init__(self, folder: Path, columns: pa.Schema, header: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, columns: pa.Schema, header: Mapping[str, Any], private: bool = False
+    ) -> None:
         self._meta = _json(header)  # may raise, and then leaves no directory behind
         self._folder = folder
         self.columns = columns
@@ -86,7 +89,8 @@ class PartWriter:
         self._parts = 0
         #: Size of the parts, in bytes.
         self.bytes = 0
-        folder.mkdir()
+        self._mode = 0o600 if private else 0o666
+        folder.mkdir(0o700 if private else 0o777)
         try:
             self.write(columns.empty_table())
         except OSError:
@@ -105,9 +109,12 @@ class PartWriter:
             footer[REQUESTS] = b"".join(_json(record) + b"\n" for record in requests)
         if end is not None:
             footer[END] = _json(end)
-        name = f"part-{self._parts:06d}.parquet"
+        name = self._name(self._parts)
         # Beside the directory: a reader of the directory must not meet it, nor a crash leave it.
         scratch = self._folder.with_name(f".{self._folder.name}.{name}")
+        scratch.unlink(missing_ok=True)  # of a run that was killed
+        # pyarrow writes into the file that is there, and leaves its mode as it is.
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode))
         try:
             pq.write_table(
                 rows.replace_schema_metadata(footer),
@@ -126,6 +133,19 @@ class PartWriter:
             raise
         self._parts += 1
         self.bytes += size
+
+    def exists(self, part: int) -> bool:
+        """Whether a part that was written is still there."""
+        return (self._folder / self._name(part)).exists()
+
+    def discard(self) -> None:
+        """Remove a log in which nothing was recorded."""
+        (self._folder / self._name(0)).unlink(missing_ok=True)
+        self._folder.rmdir()
+
+    @staticmethod
+    def _name(part: int) -> str:
+        return f"part-{part:06d}.parquet"
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

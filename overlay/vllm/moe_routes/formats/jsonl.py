@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON lines: one object a token and layer."""
 
-import contextlib
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
+import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes.errors import ConflictError, RouteLogError
+from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.formats.linefile import Held, LineFile, refusal
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Flag, RowTable
 
@@ -33,7 +33,12 @@ class JsonlLog:
     """A ``formats.RouteFile``."""
 
     def __init__(
-        self, path: Path, header: dict[str, Any], layers: Sequence[MoELayer], weights: str
+        self,
+        path: Path,
+        header: dict[str, Any],
+        layers: Sequence[MoELayer],
+        weights: str,
+        private: bool = False,
     ) -> None:
         if weights != "float32":
             raise RouteLogError(
@@ -42,10 +47,23 @@ class JsonlLog:
             )
         first_line = encode_object(header)
         self._layers = list(layers)
-        self.bytes = 0
-        self._file = _create(path)
-        self._put(first_line)
-        self._file.flush()
+        self._top_k = max(item.top_k for item in layers)
+        self._file = LineFile(path, private)
+        try:
+            self._file.put(first_line, Held())
+            self._file.flush()
+        except OSError as error:
+            self._file.discard()
+            raise refusal(path, error) from None
+        self._file.seal_header()
+
+    @property
+    def bytes(self) -> int:
+        return self._file.size
+
+    @property
+    def held(self) -> Held:
+        return self._file.held
 
     def write_routes(
         self,
@@ -55,50 +73,37 @@ class JsonlLog:
         topk_weights: npt.NDArray[Any],
         good: npt.NDArray[Any],
     ) -> None:
-        self._put(encode_routes(self._layers, forward_pass_id, rows, topk_ids, topk_weights, good))
+        lines = encode_routes(self._layers, forward_pass_id, rows, topk_ids, topk_weights, good)
+        flagged = int(np.count_nonzero(good[rows.flags != 0]))
+        self._file.put(lines, Held(int(np.count_nonzero(good)), flagged))
 
     def write_request(self, record: dict[str, Any]) -> None:
-        self.write_record(record)
+        self._file.put(encode_object(record), Held(requests=1))
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        """Add any record."""
-        self._put(encode_object(record))
+    def write_record(self, record: dict[str, Any], rows: int) -> None:
+        """Add a record that stands for ``rows`` rows."""
+        self._file.put(encode_object(record), Held(rows))
+
+    def most_bytes(self, num_rows: int, id_bytes: int) -> int:
+        # The longest line: a float32 as a double takes 24 characters, an id 5, a position 10.
+        return num_rows * (190 + 31 * self._top_k + id_bytes)
 
     def flush(self) -> None:
         self._file.flush()
 
     def close(self, end: dict[str, Any]) -> None:
-        self._put(encode_object(end))
+        self._file.put(encode_object(end), Held())
+        self._file.flush()
         self._file.close()
 
     def abandon(self) -> None:
-        # What the buffer still holds can't be written either: the same error, already told.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._file.cut_back()
 
-    def _put(self, data: bytes) -> None:
-        self._file.write(data)
-        self.bytes += len(data)
+    def close_abandoned(self, make_end: Callable[[], dict[str, Any]]) -> None:
+        self._file.end_with(lambda: encode_object(make_end()))
 
-
-def _create(path: Path) -> IO[bytes]:
-    """Create a new file; never append to, overwrite or share one.
-
-    Raises:
-        RouteLogError: it exists, or can't be created.
-    """
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except FileExistsError:
-        raise ConflictError(
-            f"route log {path} exists; move it away or set VLLM_LOG_MOE to another file"
-        ) from None
-    except OSError as error:
-        raise RouteLogError(
-            f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a file in "
-            "a writable directory"
-        ) from None
-    return os.fdopen(fd, "wb", buffering=1 << 20)
+    def discard(self) -> None:
+        self._file.discard()
 
 
 def encode_object(record: dict[str, Any]) -> bytes:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parquet: rows are kept as arrays and written part by part; no loop over rows."""
 
-from collections.abc import Sequence
+import contextlib
+import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.errors import ConflictError, RouteLogError
+from vllm.moe_routes.formats.linefile import Held
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import RowTable
 
@@ -46,7 +49,12 @@ class ParquetLog:
     """A ``formats.RouteFile``; ``bytes`` are those of the parts on disk."""
 
     def __init__(
-        self, path: Path, header: dict[str, Any], layers: Sequence[MoELayer], weights: str
+        self,
+        path: Path,
+        header: dict[str, Any],
+        layers: Sequence[MoELayer],
+        weights: str,
+        private: bool = False,
     ) -> None:
         self._dataset = _dataset()
         self._layer_ids = np.array([item.layer for item in layers], dtype=np.int16)
@@ -62,8 +70,11 @@ class ParquetLog:
         self._passes: list[_Pass] = []
         self._requests: list[dict[str, Any]] = []
         self._rows = 0
+        self._flagged = 0
+        #: What every part holds.
+        self._held: list[Held] = []
         try:
-            self._parts = self._dataset.PartWriter(path, self._columns, header)
+            self._parts = self._dataset.PartWriter(path, self._columns, header, private)
         except FileExistsError:
             raise ConflictError(
                 f"route log {path} exists; move it away or set VLLM_LOG_MOE to another directory"
@@ -78,6 +89,16 @@ class ParquetLog:
     def bytes(self) -> int:
         size: int = self._parts.bytes
         return size
+
+    @property
+    def held(self) -> Held:
+        parts = [held for i, held in enumerate(self._held, start=1) if self._parts.exists(i)]
+        return Held(*map(sum, zip(*parts, strict=True))) if parts else Held()
+
+    def most_bytes(self, num_rows: int, id_bytes: int) -> int:
+        # What waits is as good as on the disk. Ids, weights, and six columns of numbers.
+        widest = self._id_type().itemsize + self._weight_type.itemsize
+        return (num_rows + self._rows) * int(32 + self._top_k.max() * widest)
 
     def write_routes(
         self,
@@ -101,6 +122,7 @@ class ParquetLog:
             )
         )
         self._rows += len(ids)
+        self._flagged += int(np.count_nonzero(good[rows.flags != 0]))
         if self._rows >= PART_ROWS:
             self.flush()
 
@@ -112,17 +134,31 @@ class ParquetLog:
             self._write_part()
 
     def close(self, end: dict[str, Any]) -> None:
+        gone = [i for i in range(len(self._held) + 1) if not self._parts.exists(i)]
+        if gone:
+            raise OSError(errno.ESTALE, f"part {gone[0]} was removed while the log was written")
         self._write_part(end)
 
     def abandon(self) -> None:
-        self._passes.clear()
-        self._requests.clear()
+        with contextlib.suppress(Exception):  # the error before it is told, and these rows counted
+            self.flush()
+        self._forget()
+
+    def close_abandoned(self, make_end: Callable[[], dict[str, Any]]) -> None:
+        self._write_part(make_end())
+
+    def discard(self) -> None:
+        self._parts.discard()
 
     def _write_part(self, end: dict[str, Any] | None = None) -> None:
         self._parts.write(self._table(), self._requests, end)
+        self._held.append(Held(self._rows, self._flagged, len(self._requests)))
+        self._forget()
+
+    def _forget(self) -> None:
         self._passes.clear()
         self._requests = []
-        self._rows = 0
+        self._rows = self._flagged = 0
 
     def _table(self) -> Any:
         """The waiting rows as a table of ``self._columns``."""

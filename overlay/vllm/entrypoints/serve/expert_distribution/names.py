@@ -39,7 +39,7 @@ def place(directory: Path, name: str) -> Path:
     """
     path = directory / check(name)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(path.parent)
         inside = path.parent.resolve(strict=True).is_relative_to(directory.resolve(strict=True))
     except OSError as error:
         raise ApiError(
@@ -48,6 +48,13 @@ def place(directory: Path, name: str) -> Path:
     if not inside:
         raise ApiError(400, f"path {name!r} leads out of the recording directory")
     return path
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder and those above it that are missing, for their owner only."""
+    missing = [item for item in (folder, *folder.parents) if not item.exists()]
+    for item in reversed(missing):
+        item.mkdir(mode=0o700, exist_ok=True)
 
 
 def fresh(mode: str) -> str:

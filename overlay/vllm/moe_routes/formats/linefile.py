@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of lines that always knows what it holds: to the line, and after an error too."""
+
+import contextlib
+import errno
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm.moe_routes.errors import ConflictError, RouteLogError
+
+#: Bytes that wait before they are handed to the operating system without a flush.
+BUFFER_BYTES = 1 << 20
+#: How a line that holds one row begins, a flagged one's mark, and how a request's begins.
+_ROUTE, _FLAGGED, _REQUEST = b'{"type":"route"', b',"flag":"', b'{"type":"request"'
+#: No line of a log is longer than this; bounds what is read back to find where one begins.
+_LONGEST_LINE = 1 << 20
+#: Room made for an end record beyond its length, whose digits may change by making it.
+_SPARE = 512
+
+
+class Held(NamedTuple):
+    """What lines hold: rows, those of them with a flag, and request records."""
+
+    rows: int = 0
+    flagged: int = 0
+    requests: int = 0
+
+    def plus(self, other: "Held") -> "Held":
+        return Held(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: "Held") -> "Held":
+        return Held(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+class _Chunk(NamedTuple):
+    """Whole lines that wait. Of several lines each holds as many rows as any other."""
+
+    data: bytes
+    held: Held
+
+
+class LineFile:
+    """Creates a file, and appends whole lines to it.
+
+    Args:
+        path: file to create; never one that exists.
+        private: readable by its owner only, whatever the umask.
+
+    Raises:
+        RouteLogError: it exists, or can't be created.
+    """
+
+    def __init__(self, path: Path, private: bool) -> None:
+        self._path = path
+        self._fd: int | None = _create(path, private)
+        self._waiting: deque[_Chunk] = deque()
+        self._waiting_bytes = 0
+        #: Bytes of the first waiting chunk that are in the file already.
+        self._begun = 0
+        #: Bytes of the file's whole lines.
+        self._good = 0
+        self._header_bytes = 0
+        #: What those lines hold.
+        self.held = Held()
+        #: Rows of the last lines that hold more than one row each.
+        self._last_rows: deque[int] = deque(maxlen=4096)
+
+    @property
+    def size(self) -> int:
+        """Size, of what waits too."""
+        return max(0, self._good) + self._waiting_bytes
+
+    def fileno(self) -> int:
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed")
+        return self._fd
+
+    def put(self, data: bytes, held: Held) -> None:
+        """Add whole lines."""
+        self._waiting.append(_Chunk(data, held))
+        self._waiting_bytes += len(data)
+        if self._waiting_bytes >= BUFFER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the operating system.
+
+        Raises:
+            OSError: some of it can't be written, or the file is no more what was written to it.
+        """
+        while self._waiting:
+            chunk = self._waiting[0]
+            while self._begun < len(chunk.data):
+                self._begun += self._write(chunk.data[self._begun :], self._good + self._begun)
+            self._waiting.popleft()
+            self._begun = 0
+            self._waiting_bytes -= len(chunk.data)
+            self._take_over(chunk.data, chunk.held)
+        stat = os.fstat(self.fileno())
+        if stat.st_nlink == 0 or stat.st_size != self._good:
+            what = "was removed" if stat.st_nlink == 0 else "was changed by somebody else"
+            self.held = Held()
+            self._good = -1
+            raise OSError(errno.ESTALE, f"the file {what} while it was written")
+
+    def seal_header(self) -> None:
+        """What is in the file now is never given up to make room for an end."""
+        self._header_bytes = self._good
+
+    def cut_back(self) -> None:
+        """After an error: keep the whole lines that are in the file, forget what waits."""
+        if self._good >= 0:
+            with contextlib.suppress(OSError):  # a healthy file, or one that is again
+                self.flush()
+        if self._waiting:
+            chunk, begun = self._waiting[0], self._begun
+            whole = chunk.data[: chunk.data.rfind(b"\n", 0, begun) + 1]
+            self._take_over(whole, _share(chunk, whole))
+        self._waiting.clear()
+        self._waiting_bytes = self._begun = 0
+        if self._good >= 0:
+            with contextlib.suppress(OSError):  # then half a line stays, and readers say so
+                os.ftruncate(self.fileno(), self._good)
+
+    def end_with(self, make_line: Callable[[], bytes]) -> None:
+        """Add a last line after an error, and close.
+
+        Where the disk is full, the last lines make room for it: they are given up, and no longer
+        :attr:`held`.
+
+        Args:
+            make_line: the line, by what is held then.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        try:
+            if self._good < 0:
+                raise OSError(errno.ESTALE, "the file is not what was written to it")
+            os.ftruncate(self.fileno(), self._good)
+            line = make_line()
+            try:
+                self._write_line(line)
+            except OSError:
+                os.ftruncate(self.fileno(), self._good)
+                self._give_up(len(line) + _SPARE)
+                self._write_line(make_line())
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def discard(self) -> None:
+        """Close the file and remove it: nothing was recorded in it."""
+        self.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write(self, data: bytes, offset: int) -> int:
+        """One write; tests put a failing one in its place."""
+        return os.pwrite(self.fileno(), data, offset)
+
+    def _write_line(self, line: bytes) -> None:
+        done = 0
+        while done < len(line):
+            done += self._write(line[done:], self._good + done)
+
+    def _take_over(self, data: bytes, held: Held) -> None:
+        self._good += len(data)
+        self.held = self.held.plus(held)
+        if held.rows and not data.startswith(_ROUTE):
+            self._last_rows.append(held.rows)
+
+    def _give_up(self, size: int) -> None:
+        """Cut at least ``size`` bytes of last lines off."""
+        start = max(0, self._good - size - _LONGEST_LINE)
+        tail = os.pread(self.fileno(), self._good - start, start)
+        at = tail.rfind(b"\n", 0, max(0, len(tail) - size)) + 1
+        if start + at < self._header_bytes or at == 0:
+            raise OSError(errno.ENOSPC, "no room for an end record")
+        lines = tail[at:].split(b"\n")[:-1]
+        routes = sum(line.startswith(_ROUTE) for line in lines)
+        flagged = sum(line.startswith(_ROUTE) and _FLAGGED in line for line in lines)
+        requests = sum(line.startswith(_REQUEST) for line in lines)
+        others = min(len(lines) - routes - requests, len(self._last_rows))
+        rows = routes + sum(self._last_rows.pop() for _ in range(others))
+        self._good = start + at
+        self.held = self.held.minus(Held(rows, flagged, requests))
+        os.ftruncate(self.fileno(), self._good)
+
+
+def _share(chunk: _Chunk, whole: bytes) -> Held:
+    """What some of a chunk's lines hold."""
+    lines = whole.count(b"\n")
+    each = chunk.held.rows // max(1, chunk.data.count(b"\n"))
+    requests = chunk.held.requests if lines else 0
+    return Held(lines * each, whole.count(_FLAGGED) if chunk.held.flagged else 0, requests)
+
+
+def _create(path: Path, private: bool) -> int:
+    """Create a new file; never append to, overwrite or share one.
+
+    Raises:
+        RouteLogError: it exists, or can't be created.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o600 if private else 0o666)
+    except FileExistsError:
+        raise ConflictError(
+            f"route log {path} exists; move it away or set VLLM_LOG_MOE to another file"
+        ) from None
+    except OSError as error:
+        raise refusal(path, error) from None
+
+
+def refusal(path: Path, error: OSError) -> RouteLogError:
+    """What is said where a log can't be begun."""
+    return RouteLogError(
+        f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a file in "
+        "a writable directory"
+    )
