@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 
+from tests.cores import own_core
+
 READY_SECONDS = 280.0
 
 
@@ -50,7 +52,7 @@ class VllmServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**clean, "VLLM_CPU_KVCACHE_SPACE": "1", **env},
+                env={**clean, **own_core(), "VLLM_CPU_KVCACHE_SPACE": "1", **env},
             )
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
