@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from expert_profiler import plots
     from expert_profiler.reader import open_log
 
+    plots.load_ahead()
     with open_log(args.log, on_progress=_status(args.log)) as log:
         counts = log.counts(layer=args.layer, include_flagged=args.include_flagged)
         if not counts.values.any():

@@ -61,6 +61,12 @@ def test_every_switch_is_heard() -> None:
     assert config == RouteLogConfig(LOG, "0,3-5", False, 1572864, "drop", 0.25, "float16")
 
 
+def test_a_directory_may_be_written_with_a_slash() -> None:
+    config = RouteLogConfig.from_env({"VLLM_LOG_MOE": "/logs/x.parquet/"})
+    assert config is not None
+    assert config.path == Path("/logs/x.parquet")
+
+
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = RouteLogConfig.from_env({"VLLM_LOG_MOE": " logs/x.jsonl "})

@@ -98,7 +98,7 @@ def log_path(text: str, said_by: str = "route log ") -> Path:
     Raises:
         RouteLogError: its name does not say what it holds.
     """
-    if not text.endswith(SUFFIXES):
+    if not text.rstrip("/").endswith(SUFFIXES):  # a directory may be written with a slash
         raise RouteLogError(
             f"{said_by}{text} does not end in .jsonl or .parquet; name a file such as "
             "moe_routes.jsonl"
