@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from expert_profiler import plots
     from expert_profiler.reader import open_log
 
+    plots.load_ahead()
     if args.report is not None:
         from expert_profiler import page
         from expert_profiler import report as reports

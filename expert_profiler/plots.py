@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +74,18 @@ def expert_histogram(
     label = f"expert id ({id_space})" if id_space else "expert id"
     axes.set_xlabel(label, size=11, color=_INK)
     return figure
+
+
+def load_ahead() -> None:
+    """Import matplotlib, half a second's work, while something else is waited for."""
+
+    def load() -> None:
+        # Who draws imports it again, and then hears of an error.
+        with contextlib.suppress(ImportError):
+            import matplotlib.backends.backend_agg
+            import matplotlib.figure  # noqa: F401
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 def save_png(figure: Figure, path: Path) -> None:

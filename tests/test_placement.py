@@ -85,9 +85,12 @@ def vllm_policy():  # type: ignore[no-untyped-def]
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("no vllm here")
     pytest.importorskip("torch")
-    folder = Path(spec.submodule_search_locations[0]) / "distributed" / "eplb" / "policy"
     package = types.ModuleType("eplb_policy")
-    package.__path__ = [str(folder)]
+    # Other tests put this checkout's overlay in front of the installed package.
+    package.__path__ = [
+        str(Path(root) / "distributed" / "eplb" / "policy")
+        for root in spec.submodule_search_locations
+    ]
     sys.modules["eplb_policy"] = package
     return importlib.import_module("eplb_policy.default").DefaultEplbPolicy
 

@@ -372,6 +372,7 @@ def test_status_tells_what_every_worker_does(serve: Serve) -> None:
     server.post("configure", mode="per_token")
     server.post("start")
     server.run()
+    server.post("dump")  # waits until all is written
     first, second = server.status()["workers"]
     assert (first["rank"], first["records"], second["rank"], second["records"]) == (
         0,
