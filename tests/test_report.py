@@ -332,10 +332,11 @@ def test_without_texts_the_report_says_why(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.jsonl", run_rows())
     assert data_of(path)["token_types"]["skipped"].startswith("no outputs.jsonl beside log.jsonl")
     (tmp_path / "outputs.jsonl").write_text("")
-    assert "no tokenizer.json in a local folder tiny/moe" in data_of(path)["token_types"]["skipped"]
-    model = checkpoint(tmp_path / "model")
-    skipped = data_of(path, tokenizer=model)["token_types"]["skipped"]
-    assert skipped == "no request of the log stands in outputs.jsonl"
+    with pytest.raises(vocabulary.UnavailableError, match="local folder tiny/moe"):
+        vocabulary.find(path, "tiny/moe")
+    paths = vocabulary.find(path, "tiny/moe", tokenizer=checkpoint(tmp_path / "model"))
+    with pytest.raises(vocabulary.UnavailableError, match="no request of the log stands in"):
+        vocabulary.Labels(["0", "1"], *paths)
 
 
 def test_named_files_must_be_there(tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_json_has_no_nan() -> None:
 
 def test_nothing_overlaps_in_a_large_models_pictures(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    layers = range(3, 64)
+    layers = range(3, 64)  # as wide and as deep as DeepSeek-V3
     rows = [
         route(str(req), t, layer, rng.permutation(256)[:8].tolist(), phase=phase)
         for req in range(2)
