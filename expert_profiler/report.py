@@ -44,7 +44,7 @@ def html(collected: Collected, histogram: bytes) -> str:
         _identical(data),
         _run(run),
         section(
-            "Load of every expert, all layers added up",
+            "Load of every expert",
             picture(histogram, "histogram of expert choices"),
             _clean_histogram(collected),
         ),

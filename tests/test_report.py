@@ -161,6 +161,8 @@ def test_figures_of_a_hand_made_log(tmp_path: Path) -> None:
     two = [e for e in data["expert_parallel"] if e["ranks"] == 2]
     assert [e["balance"] for e in two if e["placement"] == "linear"] == pytest.approx([4 / 6])
     assert [e["balance"] for e in two if e["placement"] == "round robin"] == [4 / 5]
+    assert data["counts"]["values"] == [[[2, 1, 1, 0], [2, 1, 0, 1]]]
+    assert data["counts"]["weight_mass"] == [[[1.75, 0.25, 0, 0], [1, 0.5, 0, 0.25]]]
     assert data["cache"]["accesses"] == [4]
     # Decode choices 0 1 | 0 3: a cache of two has expert 0 once.
     assert data["cache"]["hit_rate_by_layer_and_size"] == [[0, 0.25, 0.25, 0.25]]
@@ -386,9 +388,8 @@ def test_nothing_overlaps_in_a_large_models_pictures(tmp_path: Path) -> None:
         found = gather(log)
     entries = figures.by_layer(found)
     drawn = [
-        *(figure for _, figure in report_charts.load_maps(found)),
+        report_charts.load_maps(found)[0][1],
         report_charts.evenness(found, entries, None),
-        report_charts.coverage(found),
         report_charts.together(found, entries)[0],
         report_charts.caching(found, entries),
         report_charts.parallel(figures.expert_parallel(found)),
