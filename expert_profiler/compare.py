@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     page.write(args.out / NAMES[1], page.as_json(data))
     page.write(args.out / NAMES[0], compare_page.html(data, runs))
     print(table(data))
+    for run in runs:
+        for note in run.verdict["notes"]:
+            print(f"{'note':<12}{run.name}: {note}")
     print(f"{'report':<12}{args.out / NAMES[0]} (and {NAMES[1]})")
     print(f"next: python3 make_hist.py {shlex.quote(str(logs[0]))} --report DIR")
     return 1 if any(run.verdict["verdict"] == "fail" for run in runs) else 0

@@ -113,6 +113,7 @@ def collect(
             "layers": found.layers,
             "phases": found.phases,
             "values": found.counts,
+            "weight_mass": found.mass,
         },
         "methods": {
             "requests_resampled_in_groups": len(found.by_group),

@@ -110,10 +110,13 @@ def test_identical_runs_are_left_out_and_said(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_log_that_lost_rows_is_compared_but_fails(folder: Path) -> None:
+def test_a_log_that_lost_rows_is_compared_but_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_log(folder / "short.jsonl", run_rows(), finished=False)
     assert run("a.jsonl", "short.jsonl", "--out", "out") == 1
     assert (folder / "out" / "compare.html").exists()
+    assert "short.jsonl: short.jsonl has no end record" in capsys.readouterr().out
 
 
 def test_names_of_logs_in_different_folders_stay_short_and_different() -> None:

@@ -53,7 +53,7 @@ def test_nothing_counted_has_no_distance() -> None:
     assert math.isnan(both[0]) and both[1] == 0
 
 
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True, deadline=None, max_examples=50)
 @given(PAIRS)
 def test_distances_equal_plain_loops(pair) -> None:  # type: ignore[no-untyped-def]
     a, b = pair
@@ -105,13 +105,13 @@ def entropy(counts: np.ndarray) -> float:  # type: ignore[type-arg]
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     truth = np.array([0.5, 0.25, 0.125, 0.125])
     hits = 0
-    for seed in range(100):
+    for seed in range(80):
         rng = np.random.default_rng(seed)
         counts = rng.multinomial(30, rng.dirichlet(200 * truth, size=40))
         low, high = resampling.bootstrap_interval(counts, entropy, draws=200, seed=seed)
         assert low < high
         hits += low <= 1.75 <= high
-    assert 88 <= hits <= 100
+    assert 70 <= hits <= 80
 
 
 def test_alike_requests_leave_no_doubt_and_one_request_gives_no_interval() -> None:
@@ -141,7 +141,7 @@ def test_a_log_does_not_differ_from_itself() -> None:
 def test_splits_of_one_log_are_called_different_as_rarely_as_the_p_value_says() -> None:
     values = [
         resampling.divergence_test(requests(i, 8, 0.3), requests(1000 + i, 6, 0.3), draws=19)
-        for i in range(200)
+        for i in range(120)
     ]
     assert np.mean([v.mean_p_value <= 0.05 for v in values]) < 0.1
     assert np.mean([v.p_value[0] <= 0.05 for v in values]) < 0.1

@@ -102,7 +102,7 @@ def check(found: Gathered, rows: list[dict[str, Any]]) -> None:
         ]
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=9)
 @given(st.integers(0, 99), st.booleans(), st.sampled_from([1, 9, 10**6]))
 def test_one_pass_equals_plain_loops(tmp_path_factory, seed, gaps, choices) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp("log") / "log.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import itertools
 import json
 import math
 import re
@@ -12,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import make_hist
-from expert_profiler import errors, figures, page, report, report_charts, token_types, vocabulary
+from expert_profiler import errors, figures, page, report
 from expert_profiler.gather import gather
 from expert_profiler.reader import open_log
 from expert_profiler.report_data import collect, pass_balance
@@ -161,6 +159,8 @@ def test_figures_of_a_hand_made_log(tmp_path: Path) -> None:
     two = [e for e in data["expert_parallel"] if e["ranks"] == 2]
     assert [e["balance"] for e in two if e["placement"] == "linear"] == pytest.approx([4 / 6])
     assert [e["balance"] for e in two if e["placement"] == "round robin"] == [4 / 5]
+    assert data["counts"]["values"] == [[[2, 1, 1, 0], [2, 1, 0, 1]]]
+    assert data["counts"]["weight_mass"] == [[[1.75, 0.25, 0, 0], [1, 0.5, 0, 0.25]]]
     assert data["cache"]["accesses"] == [4]
     # Decode choices 0 1 | 0 3: a cache of two has expert 0 once.
     assert data["cache"]["hit_rate_by_layer_and_size"] == [[0, 0.25, 0.25, 0.25]]
@@ -281,139 +281,3 @@ def test_a_log_of_nothing_but_identical_rows_is_reported_as_it_is(tmp_path: Path
     assert data["identical_rows"]["key_figures_with_them"] is None
     assert not data["identical_rows"]["left_out_of_everything_else"]
     assert data["run"]["rows"] == 100
-
-
-# ---- token types --------------------------------------------------------------------------------
-
-WORDS = ["<|end|>", "two", "cats", "7", "42", ".", ",", " "]
-
-
-def checkpoint(folder: Path) -> Path:
-    """A folder with a word-level tokenizer; ids are indices into WORDS."""
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=WORDS[0])
-    )
-    made.add_special_tokens([WORDS[0]])
-    folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def test_experts_that_take_digits_are_found(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "model")
-    rng = np.random.default_rng(1)
-    rows, outputs = [], []
-    for req in range(6):
-        ids = rng.integers(0, len(WORDS), 40).tolist()
-        outputs.append({"req_id": str(req), "prompt_token_ids": ids[:30], "token_ids": ids[30:]})
-        for position, token in enumerate(ids[:-1]):
-            digits = WORDS[token].isdigit()
-            special = [6, 7] if digits else rng.permutation(6)[:2].tolist()
-            rows.append(route(str(req), position, 0, special, phase="prefill"))
-            rows.append(route(str(req), position, 1, rng.permutation(8)[:2].tolist()))
-    path = write_log(tmp_path / "log.jsonl", rows, meta(model_id="model"))
-    lines = "".join(json.dumps(record) + "\n" for record in outputs)
-    (tmp_path / "outputs.jsonl").write_text(lines)
-    types = data_of(path)["token_types"]
-    assert types["tokens"] == 6 * 39
-    tested = types["tested"]
-    assert tested[0]["p_value"] <= 0.02 < 0.05 < tested[1]["p_value"]
-    joint = np.array(types["joint_counts"][0])
-    digits = token_types.CLASSES.index("digits")
-    assert joint[digits, 6] == joint[:, 6].sum() > 0
-    counted = sum(
-        WORDS[t].isdigit() for o in outputs for t in [*o["prompt_token_ids"], *o["token_ids"]][:-1]
-    )
-    assert joint[digits].sum() == 2 * counted
-
-
-def test_without_texts_the_report_says_why(tmp_path: Path) -> None:
-    path = write_log(tmp_path / "log.jsonl", run_rows())
-    assert data_of(path)["token_types"]["skipped"].startswith("no outputs.jsonl beside log.jsonl")
-    (tmp_path / "outputs.jsonl").write_text("")
-    assert "no tokenizer.json in a local folder tiny/moe" in data_of(path)["token_types"]["skipped"]
-    model = checkpoint(tmp_path / "model")
-    skipped = data_of(path, tokenizer=model)["token_types"]["skipped"]
-    assert skipped == "no request of the log stands in outputs.jsonl"
-
-
-def test_named_files_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(errors.UserError, match="no file"):
-        vocabulary.find(tmp_path / "log.jsonl", "m", outputs=tmp_path / "no.jsonl")
-    (tmp_path / "outputs.jsonl").write_text("")
-    with pytest.raises(errors.UserError, match=r"no tokenizer\.json in"):
-        vocabulary.find(tmp_path / "log.jsonl", "m", tokenizer=tmp_path)
-
-
-# ---- the page -----------------------------------------------------------------------------------
-
-
-def test_text_is_escaped_and_markup_is_not() -> None:
-    made = page.table(["<b>", "n"], [[EVIL, 1234], ["x", float("nan")]])
-    assert "<script" not in made and "&lt;script&gt;" in made
-    assert "<th>&lt;b&gt;" in made.replace(' class=""', "")
-    assert '<td class="n">1,234</td>' in made and '<td class="n">-</td>' in made
-    assert "<i>" in page.element("p", page.Html("<i>ok</i>"))
-    assert '"' not in page.picture(b"", EVIL).split('alt="')[1].split('">')[0]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.123456, "0.1235"), (1234567, "1,234,567"), (123456.7, "123,457"), (2.0, "2"), (None, "-")],
-)
-def test_numbers_are_short(value: object, text: str) -> None:
-    assert page.number(value) == text
-
-
-def test_json_has_no_nan() -> None:
-    data = {"a": [float("nan"), np.float64(1.5), np.array([1, 2])], 3: None}
-    assert json.loads(page.as_json(data)) == {"a": [None, 1.5, [1, 2]], "3": None}
-
-
-def test_nothing_overlaps_in_a_large_models_pictures(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    layers = range(3, 64)
-    rows = [
-        route(str(req), t, layer, rng.permutation(256)[:8].tolist(), phase=phase)
-        for req in range(2)
-        for t, phase in enumerate(["prefill", "decode", "decode"])
-        for layer in layers
-    ]
-    path = write_log(tmp_path / "log.jsonl", rows, meta(layers=layers, experts=256, top_k=8))
-    with open_log(path, weights=True) as log:
-        found = gather(log)
-    entries = figures.by_layer(found)
-    drawn = [
-        *(figure for _, figure in report_charts.load_maps(found)),
-        report_charts.evenness(found, entries, None),
-        report_charts.coverage(found),
-        report_charts.together(found, entries)[0],
-        report_charts.caching(found, entries),
-        report_charts.parallel(figures.expert_parallel(found)),
-    ]
-    for figure in drawn:
-        assert figure is not None
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        boxes = []
-        for axes in figure.axes:
-            assert axes.get_xlabel() or axes.get_ylabel()  # with its unit
-            texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-            texts += axes.get_legend().get_texts() if axes.get_legend() else []
-            for axis in (axes.xaxis, axes.yaxis):
-                low, high = sorted(axis.get_view_interval())
-                for tick in axis.get_major_ticks():
-                    if low <= tick.get_loc() <= high:
-                        texts += [tick.label1, tick.label2]
-            boxes += [
-                (text.get_text(), text.get_window_extent(renderer))
-                for text in texts
-                if text.get_visible() and text.get_text()
-            ]
-        for (name, one), (other, two) in itertools.combinations(boxes, 2):
-            assert not one.overlaps(two), (name, other)
-        for name, box in boxes:
-            assert box.x0 >= -1 and box.x1 <= figure.bbox.width + 1, name
-            assert box.y0 >= -1 and box.y1 <= figure.bbox.height + 1, name

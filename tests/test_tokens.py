@@ -79,7 +79,7 @@ def plain(rows: list[Record]) -> list[tuple[object, ...]]:
     ]
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=15)
 @given(ROWS, st.sampled_from([None, 1, 2, 5]))
 def test_every_row_comes_once_in_order(tmp_path_factory, rows, size) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
