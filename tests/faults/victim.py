@@ -53,11 +53,10 @@ class Load:
     def step(self, new: int = 2) -> None:
         """One pass: ``new`` requests join, the others go on, those that are done end."""
         rows = [(raw_id, 1, self._tokens // 2) for raw_id in self._live]
-        for _ in range(new):
+        for _ in range(min(new, 8 - len(rows))):
             raw_id = f"{self._next}-{self._next:08x}"
             self._next += 1
             rows.append((raw_id, self._tokens // 2, self._tokens // 2))
-        rows = rows[:8]
         for raw_id, n, _ in rows:
             self._live[raw_id] = self._live.get(raw_id, 0) + n
         self._runner.execute(*rows, finished=self._ended)
