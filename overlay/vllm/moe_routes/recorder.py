@@ -93,9 +93,15 @@ class Recorder:
             )
         self._armed = layers.select(config.layers, found)
         self._num_moe_layers = len(found)
-        self._stage = get_pp_group().rank_in_group
+        #: Kept: the groups are gone before the last command comes.
+        self._place = {
+            "dp": self._vllm_config.parallel_config.data_parallel_rank,
+            "pp": get_pp_group().rank_in_group,
+            "tp": get_tp_group().rank_in_group,
+        }
+        self._stage = self._place["pp"]
         #: Only tensor-parallel rank 0 records: the others compute the same choices.
-        records = get_tp_group().rank_in_group == 0
+        records = self._place["tp"] == 0
         own = self._stages[self._stage]
         #: In slot order.
         self._layers = [item for item in self._armed if records and item in own]
@@ -391,11 +397,7 @@ class Recorder:
         return int((rank["dp"] * pp + rank["pp"]) * tp + rank["tp"])
 
     def _rank(self) -> dict[str, int]:
-        return {
-            "dp": self._vllm_config.parallel_config.data_parallel_rank,
-            "pp": get_pp_group().rank_in_group,
-            "tp": get_tp_group().rank_in_group,
-        }
+        return dict(self._place)
 
 
 def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer]]:

@@ -145,22 +145,26 @@ class Writer:
                 flush_at = None
 
     def _write(self, step: Step) -> None:
-        if self.error is None:
-            self._guard(lambda: self._sink.consume(step))
-        if self.error is not None:
+        if not self._guard(lambda: self._sink.consume(step)):
             self._abandon()  # where the engine's thread met the error
             self._sink.lose(step)
 
-    def _guard(self, action: Callable[[], None]) -> None:
-        """Run ``action``; on an error stop writing, for good, and say so once."""
+    def _guard(self, action: Callable[[], None]) -> bool:
+        """Run ``action``; on an error stop writing, for good, and say so once.
+
+        Returns:
+            Whether it was done: the engine's thread may meet an error meanwhile.
+        """
         if self.error is not None:
-            return
+            return False
         try:
             action()
+            return True
         except Exception as error:  # whatever it is, the engine must go on
             self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
             logger.exception("Recording stopped; generation goes on. %s", self.error)
             self._abandon()
+            return False
 
     def _abandon(self) -> None:
         if self._abandoned:

@@ -91,6 +91,7 @@ class LineFile:
         Raises:
             OSError: some of it can't be written, or the file is no more what was written to it.
         """
+        self._check_still_ours()  # before a write behind a cut end hides it
         while self._waiting:
             chunk = self._waiting[0]
             while self._begun < len(chunk.data):
@@ -99,12 +100,7 @@ class LineFile:
             self._begun = 0
             self._waiting_bytes -= len(chunk.data)
             self._take_over(chunk.data, chunk.held)
-        stat = os.fstat(self.fileno())
-        if stat.st_nlink == 0 or stat.st_size != self._good:
-            what = "was removed" if stat.st_nlink == 0 else "was changed by somebody else"
-            self.held = Held()
-            self._good = -1
-            raise OSError(errno.ESTALE, f"the file {what} while it was written")
+        self._check_still_ours()
 
     def seal_header(self) -> None:
         """What is in the file now is never given up to make room for an end."""
@@ -160,6 +156,15 @@ class LineFile:
         """Close the file and remove it: nothing was recorded in it."""
         self.close()
         self._path.unlink(missing_ok=True)
+
+    def _check_still_ours(self) -> None:
+        stat = os.fstat(self.fileno())
+        if stat.st_nlink and stat.st_size == self._good + self._begun:
+            return
+        what = "was changed by somebody else" if stat.st_nlink else "was removed"
+        self.held = Held()
+        self._good = -1
+        raise OSError(errno.ESTALE, f"the file {what} while it was written")
 
     def _write(self, data: bytes, offset: int) -> int:
         """One write; tests put a failing one in its place."""
