@@ -2,7 +2,7 @@
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,9 @@ class Recorder:
         self._previous: Recording | None = None
         self._active = False
         self._header: dict[str, Any] = {}
+        #: Modules and their taps, in slot order.
+        self._taps: list[tuple[Any, Tap]] = []
+        self._taps_stay = False
         if not self._layers:
             return
         self._header = provenance.header(
@@ -119,6 +122,11 @@ class Recorder:
             self._vllm_config.parallel_config.tensor_parallel_size,
         )
         buffer = capture.allocate(self._layers, num_rows, runner.device)
+        # Without graphs, which bake the hook in, the layers of a running recording are tapped and
+        # no others; and on the host, where a copy is dear, all of a pass's choices are copied once.
+        self._taps_stay = provenance.execution(self._vllm_config) != "eager"
+        keeps = not self._taps_stay and runner.device.type == "cpu"
+        kept: capture.Kept = [None] * len(self._layers) if keeps else []
         self._source = Source(
             runner,
             buffer,
@@ -126,6 +134,7 @@ class Recorder:
             CLOCKS[runner.device.type](),
             config,
             self._global_rank(),
+            kept,
         )
         layout = _layout(self._vllm_config)
         for slot, item in enumerate(self._layers):
@@ -133,7 +142,12 @@ class Recorder:
             logical_ids = LogicalIds() if self._vllm_config.parallel_config.enable_eplb else None
             if logical_ids is not None:
                 module.router.moe_logical_ids = logical_ids
-            module.moe_route_tap = Tap(buffer.ids, buffer.weights, slot, layout, logical_ids)
+            tap = Tap(
+                buffer.ids, buffer.weights, slot, layout, logical_ids, kept if keeps else None
+            )
+            self._taps.append((module, tap))
+        if self._taps_stay:
+            self._tap(self._layers)
         logger.info(
             "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
             len(self._layers),
@@ -237,6 +251,8 @@ class Recorder:
         self._active = False
         if self._recording is not None:
             atexit.unregister(self.shutdown)
+            if not self._taps_stay:
+                self._tap([])
             self._recording.stop(reason, timeout)
         return self.status()
 
@@ -321,6 +337,13 @@ class Recorder:
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
             atexit.register(self.shutdown)
+            if not self._taps_stay:
+                self._tap(recording.layers)
+
+    def _tap(self, chosen: Sequence[layers.MoELayer]) -> None:
+        """Let these layers' choices be captured, and no others'."""
+        for item, (module, tap) in zip(self._layers, self._taps, strict=True):
+            module.moe_route_tap = tap if item in chosen else None
 
     def _files(self, path: str | None) -> tuple[Path, list[str]]:
         """This rank's file, and the names of all ranks' files."""
