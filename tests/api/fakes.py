@@ -46,9 +46,8 @@ class Worker:
             assert config is not None
             runner.moe_routes = recorder.Recorder(config, runner)  # type: ignore[arg-type]
         # One process plays all ranks: where a pass's rows lie is not what is tested here.
-        for layer in runner.layers.values():
-            if layer.moe_route_tap is not None:
-                layer.moe_route_tap = layer.moe_route_tap._replace(layout=None)
+        own = runner.moe_routes
+        own._taps = [(module, tap._replace(layout=None)) for module, tap in own._taps]
 
     def current(self) -> pytest.MonkeyPatch:
         """Be the rank that vLLM's groups say it is, while the context lasts."""

@@ -2,7 +2,7 @@
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
 import atexit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,16 @@ class Recorder:
         #: Whether the last recording ended at its bound and nobody has stopped it since.
         self._ended_itself = False
         self._header: dict[str, Any] = {}
+        #: Modules and their taps, in slot order.
+        self._taps: list[tuple[Any, Tap]] = []
+        self._taps_stay = False
         if self._layers:
-            self._tap(runner, modules, len(found))
+            self._arm(runner, modules, len(found))
         if config.autostart and config.path is not None:
             self.start()
 
-    def _tap(self, runner: Any, modules: Mapping[str, Any], num_moe_layers: int) -> None:
-        """Allocate the capture buffer and have the layers write to it."""
+    def _arm(self, runner: Any, modules: Mapping[str, Any], num_moe_layers: int) -> None:
+        """Allocate the capture buffer, and have the layers write to it where graphs are made."""
         self._header = provenance.header(
             self._vllm_config, runner.device, self._layers, num_moe_layers, self._rank()
         )
@@ -132,6 +135,11 @@ class Recorder:
             self._vllm_config.parallel_config.tensor_parallel_size,
         )
         buffer = capture.allocate(self._layers, num_rows, runner.device)
+        # Without graphs, which bake the hook in, the layers of a running recording are tapped and
+        # no others; and on the host, where a copy is dear, all of a pass's choices are copied once.
+        self._taps_stay = provenance.execution(self._vllm_config) != "eager"
+        keeps = not self._taps_stay and runner.device.type == "cpu"
+        kept: capture.Kept = [None] * len(self._layers) if keeps else []
         self._source = Source(
             runner,
             buffer,
@@ -139,6 +147,7 @@ class Recorder:
             CLOCKS[runner.device.type](),
             self._config,
             self._global_rank(),
+            kept,
         )
         layout = _layout(self._vllm_config)
         for slot, item in enumerate(self._layers):
@@ -146,7 +155,12 @@ class Recorder:
             logical_ids = LogicalIds() if self._vllm_config.parallel_config.enable_eplb else None
             if logical_ids is not None:
                 module.router.moe_logical_ids = logical_ids
-            module.moe_route_tap = Tap(buffer.ids, buffer.weights, slot, layout, logical_ids)
+            tap = Tap(
+                buffer.ids, buffer.weights, slot, layout, logical_ids, kept if keeps else None
+            )
+            self._taps.append((module, tap))
+        if self._taps_stay:
+            self._tap(self._layers)
         logger.info(
             "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
             len(self._layers),
@@ -254,6 +268,8 @@ class Recorder:
         self._active = False
         if self._recording is not None:
             atexit.unregister(self.shutdown)
+            if not self._taps_stay:
+                self._tap([])
             self._recording.stop(reason, timeout)
         return self.status()
 
@@ -349,6 +365,13 @@ class Recorder:
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
             atexit.register(self.shutdown)
+            if not self._taps_stay:
+                self._tap(recording.layers)
+
+    def _tap(self, chosen: Sequence[layers.MoELayer]) -> None:
+        """Let these layers' choices be captured, and no others'."""
+        for item, (module, tap) in zip(self._layers, self._taps, strict=True):
+            module.moe_route_tap = tap if item in chosen else None
 
     def _files(self, path: str | None) -> tuple[Path, list[str]]:
         """This rank's file, and the names of all ranks' files."""
