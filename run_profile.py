@@ -53,8 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="auto", help="auto (gptq with CUDA, tiny without), gptq, full, olmoe, "
-        "granite-3b, granite-1b, tiny, "
+    add("--model", default="auto", help="auto (gptq with CUDA, demo without), gptq, full, olmoe, "
+        "granite-3b, granite-1b, demo, tiny, "
         "a hub id or a checkpoint folder [auto]")  # fmt: skip
     add("--mode", choices=("both", *MODES), default="both", help="which passes to run [both]")
     add("--out", type=Path, default=Path(), metavar="DIR", help="folder for the artifacts [.]")
@@ -94,11 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(report.message)
     devices = models.gpus()
     preset = models.resolve(args.model, has_gpu=bool(devices))
-    if preset is models.PRESETS["tiny"] and not (models.TINY_PATH / "config.json").is_file():
-        raise UserError(
-            f"the tiny checkpoint {models.TINY_PATH} is not built yet; "
-            f"run: python tools/make_tiny_moe.py {models.TINY_PATH}"
-        )
+    if preset.missing():
+        raise UserError(f"the checkpoint {preset.model} is not there; run: {preset.remade_by}")
     model_sizes.check(preset.model, devices, args.tensor_parallel_size)
     models.numbers(args.layers)
     config = models.read_config(preset.model)

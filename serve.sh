@@ -11,9 +11,7 @@ usage() {
 usage: ./serve.sh [--auto-record[=NAME]] [MODEL] [OPTION of vllm serve...]
 
 Starts `vllm serve MODEL` with the expert-distribution routes and their live page, which is
-http://localhost:8000/expert_distribution unless --port says otherwise. MODEL is a hub id or a folder; without one, a machine
-without a GPU serves a small checkpoint that is built here, and any other the GPTQ model.
-
+XX
   --auto-record[=NAME]   record from the first request on: a line a forward pass into NAME
                          [per_pass-TIME.jsonl] in the recording directory
 
@@ -45,9 +43,8 @@ if [[ -n ${1:-} && $1 != -* ]]; then
 elif [[ $lock == requirements-lock.txt ]]; then
   set -- Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4 --max-model-len 2048 "$@"
 else
-  say "no GPU: serving the small checkpoint, whose weights are random"
-  .venv/bin/python tools/make_tiny_moe.py .cache/tiny-moe --reuse
-  set -- "$PWD/.cache/tiny-moe" --served-model-name tiny-moe --dtype bfloat16 "$@"
+  say "no GPU: serving demo_model, a very small model that was trained for this project"
+  set -- "$PWD/demo_model" --served-model-name demo --dtype bfloat16 --max-model-len 1024 "$@"
 fi
 [[ $lock == requirements-lock.txt ]] || export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 

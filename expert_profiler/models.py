@@ -14,6 +14,7 @@ from expert_profiler.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent
 TINY_PATH = REPO / ".cache" / "tiny-moe"
+DEMO_PATH = REPO / "demo_model"
 
 #: Names of "experts a layer has" and "experts a token takes" in Hugging Face configs.
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -27,13 +28,19 @@ class Preset:
         model: hub id or path.
         dtype: vLLM's ``--dtype``.
         max_model_len: tokens; None takes the model's own, up to 2,048.
-        kind: "pretrained" or "random weights".
+        kind: "pretrained", "small demo model" or "random weights".
+        remade_by: the command that makes a checkpoint of this repository where it is missing.
     """
 
     model: str
     dtype: str
     max_model_len: int | None
     kind: str
+    remade_by: str | None = None
+
+    def missing(self) -> bool:
+        """Whether this is a checkpoint of this repository and not there."""
+        return self.remade_by is not None and not (Path(self.model) / "config.json").is_file()
 
 
 PRESETS = {
@@ -46,7 +53,20 @@ PRESETS = {
     "granite-1b": Preset(
         "ibm-granite/granite-3.0-1b-a400m-instruct", "bfloat16", 512, "pretrained"
     ),
-    "tiny": Preset(str(TINY_PATH), "bfloat16", 1024, "random weights"),
+    "demo": Preset(
+        str(DEMO_PATH),
+        "bfloat16",
+        1024,
+        "small demo model",
+        f"git checkout -- {DEMO_PATH}",
+    ),
+    "tiny": Preset(
+        str(TINY_PATH),
+        "bfloat16",
+        1024,
+        "random weights",
+        f"python tools/make_tiny_moe.py {TINY_PATH}",
+    ),
 }
 
 
@@ -88,9 +108,11 @@ def resolve(name: str, has_gpu: bool) -> Preset:
         has_gpu: whether "auto" may take the model that needs one.
     """
     if name == "auto":
-        name = "gptq" if has_gpu else "tiny"
+        name = "gptq" if has_gpu else "demo"
     if name in PRESETS:
         return PRESETS[name]
+    if Path(name).resolve() == DEMO_PATH:
+        return PRESETS["demo"]
     return Preset(name, "auto", None, "random weights" if is_tiny(Path(name)) else "pretrained")
 
 

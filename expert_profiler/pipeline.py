@@ -19,6 +19,14 @@ from tools import make_tiny_moe
 
 REPO = Path(__file__).resolve().parent.parent
 PLOT = "expert_hist.png"
+#: What a model's text and routing are worth, by its kind.
+WORTH = {
+    "random weights": "; its text and its routing mean nothing",
+    "small demo model": (
+        " of this repository, trained on Python's library and word problems; "
+        "its experts have specialised, its answers are guesses"
+    ),
+}
 ARTIFACTS = ("prompts.txt", "moe_routes.jsonl", "outputs.jsonl", PLOT, "timing.json")
 
 
@@ -57,9 +65,8 @@ def summary(timing: dict[str, Any], out: Path, trusted: bool) -> str:
     """The run in a few lines: what ran, what recording cost, what was written, what is next."""
     facts = timing["provenance"]
     model, prompts = facts["model"], facts["prompts"]
-    warning = "; its text and its routing mean nothing" if "random" in model["kind"] else ""
     lines = [
-        f"model     {model['id']} ({model['kind']}{warning})",
+        f"model     {model['id']} ({model['kind']}{WORTH.get(model['kind'], '')})",
         f"prompts   {prompts['count']} ({prompts['set']})",
     ]
     for mode in ("no_log", "log"):

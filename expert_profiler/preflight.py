@@ -106,7 +106,7 @@ def device_check(gpus: Sequence[models.GpuMemory], has_nvidia_smi: bool) -> Chec
     first = gpus[0]
     fact = f"{len(gpus)} x {first.name}, {first.free / GB:.0f} of {first.total / GB:.0f} GB free"
     if first.free < GPU_EASY:
-        remedy = "./test.sh run --model tiny, or free the GPU: nvidia-smi"
+        remedy = "./test.sh run --model demo, or free the GPU: nvidia-smi"
         return Check("device", "warn", f"{fact}: too little for --model gptq", next=remedy)
     return Check("device", "ok", fact)
 
@@ -162,9 +162,12 @@ def model_check(
     """Whether the model behind ``--model`` can be had: built, on disk, cached, or on the hub."""
     preset = models.resolve(name, has_gpu=has_gpu)
     model = preset.model
-    if preset is models.PRESETS["tiny"] and not (Path(model) / "config.json").is_file():
-        fact = "tiny checkpoint, random weights, not built yet"
-        return Check("model", "ok", fact, model, "./test.sh builds it")
+    if preset.missing():
+        if preset is models.PRESETS["tiny"]:
+            fact = "tiny checkpoint, random weights, not built yet"
+            return Check("model", "ok", fact, model, "./test.sh builds it")
+        fact = f"the {preset.kind} is missing"
+        return Check("model", "FAIL", fact, model, preset.remade_by or "")
     try:
         config = models.read_config(model)
         if config is not None:
@@ -182,7 +185,7 @@ def model_check(
         fact = f"{model} is not in the cache and the hub can't be reached"
     else:
         fact = f"the hub answered {status} for {model}"
-    remedy = "./test.sh run --model tiny, or --model FOLDER of a checkpoint"
+    remedy = "./test.sh run --model demo, or --model FOLDER of a checkpoint"
     return Check("model", "FAIL", fact, next=remedy)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from expert_profiler import models
@@ -9,10 +12,22 @@ from expert_profiler.errors import UserError
 from expert_profiler.models import GpuMemory
 
 
-def test_auto_takes_the_quantized_model_with_a_gpu_and_the_tiny_one_without() -> None:
+def test_auto_takes_the_quantized_model_with_a_gpu_and_the_demo_model_without() -> None:
     assert models.resolve("auto", has_gpu=True).model == "Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4"
-    tiny = models.resolve("auto", has_gpu=False)
+    assert models.resolve("auto", has_gpu=False) is models.PRESETS["demo"]
+    tiny = models.resolve("tiny", has_gpu=False)
     assert (tiny.model, tiny.kind) == (str(models.TINY_PATH), "random weights")
+
+
+def test_the_demo_model_is_known_by_its_folder_too() -> None:
+    assert models.resolve(str(models.DEMO_PATH), has_gpu=True) is models.PRESETS["demo"]
+
+
+def test_only_a_checkpoint_of_this_repository_can_be_missing(tmp_path: Path) -> None:
+    gone = replace(models.PRESETS["demo"], model=str(tmp_path / "gone"))
+    assert gone.missing()
+    assert not models.PRESETS["demo"].missing()
+    assert not models.resolve("someone/some-moe", has_gpu=False).missing()
 
 
 def test_any_hub_id_is_taken_as_it_is() -> None:

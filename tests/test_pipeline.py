@@ -54,7 +54,12 @@ def run(out: Path, *options: str) -> int:
 
 def test_it_builds_profiles_plots_and_validates(tmp_path: Path, steps: Any) -> None:
     assert run(tmp_path) == 0
-    assert steps["ran"] == ["tiny", "run_profile.py", "make_hist.py", "expert_profiler.validate"]
+    assert steps["ran"] == ["run_profile.py", "make_hist.py", "expert_profiler.validate"]
+
+
+def test_the_random_checkpoint_is_built_where_it_is_asked_for(tmp_path: Path, steps: Any) -> None:
+    assert run(tmp_path, "--model", "tiny") == 0
+    assert steps["ran"][:2] == ["tiny", "run_profile.py"]
 
 
 def test_a_model_of_the_users_own_needs_no_tiny_checkpoint(tmp_path: Path, steps: Any) -> None:
@@ -64,7 +69,7 @@ def test_a_model_of_the_users_own_needs_no_tiny_checkpoint(tmp_path: Path, steps
 
 def test_without_a_log_there_is_nothing_to_plot(tmp_path: Path, steps: Any) -> None:
     assert run(tmp_path, "--mode", "no_log") == 0
-    assert steps["ran"] == ["tiny", "run_profile.py"]
+    assert steps["ran"] == ["run_profile.py"]
 
 
 def test_a_doubtful_log_is_plotted_and_validated_all_the_same(
@@ -79,7 +84,7 @@ def test_a_doubtful_log_is_plotted_and_validated_all_the_same(
 def test_a_step_that_leaves_nothing_ends_the_run(tmp_path: Path, steps: Any) -> None:
     steps["run_profile.py"] = 2
     assert run(tmp_path) == 2
-    assert steps["ran"] == ["tiny", "run_profile.py"]
+    assert steps["ran"] == ["run_profile.py"]
 
 
 def test_the_summary_says_what_the_figures_are_worth(tmp_path: Path) -> None:
@@ -89,6 +94,9 @@ def test_the_summary_says_what_the_figures_are_worth(tmp_path: Path) -> None:
     assert "+1.0% wall time (95% interval -2.0% to +5.0%, 3 pairs; within" in text
     assert "expert_hist.png (5 bytes)" in text
     assert "within" not in pipeline.summary(timing(low=1.002), tmp_path, trusted=True)
+    demo = timing()
+    demo["provenance"]["model"] = {"id": "demo_model", "kind": models.PRESETS["demo"].kind}
+    assert "trained on Python's library" in pipeline.summary(demo, tmp_path, trusted=True)
     one_mode = timing()
     del one_mode["no_log"]
     one_mode["overhead"] = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,11 +126,22 @@ def test_a_local_model_must_be_a_moe_checkpoint(tmp_path: Path) -> None:
     assert check().status == "ok"
 
 
-def test_without_a_gpu_the_tiny_checkpoint_needs_no_network() -> None:
+@pytest.mark.parametrize("name", ["auto", "demo", "tiny"])
+def test_without_a_gpu_the_repositorys_checkpoints_need_no_network(name: str) -> None:
     def asked(_: str) -> None:
         pytest.fail("asked the hub")
 
-    assert preflight.model_check("auto", False, asked, no_cache).status == "ok"
+    assert preflight.model_check(name, False, asked, no_cache).status == "ok"
+
+
+def test_a_demo_model_that_was_deleted_can_be_had_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = replace(models.PRESETS["demo"], model=str(tmp_path / "demo_model"))
+    monkeypatch.setitem(models.PRESETS, "demo", gone)
+    check = preflight.model_check("demo", False)
+    assert check.status == "FAIL"
+    assert check.next.startswith("git checkout -- ")
 
 
 def test_memory_is_the_containers_limit_where_that_is_less(tmp_path: Path) -> None:

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Show that the demo model's routing is worth looking at, and write its model card.
+
+Records held-out code and word problems on vLLM, on the trained model and on the same model before
+its training, and prints: what a token's class tells of its expert, which experts have specialised
+in what, and whether two workloads route differently while two halves of one do not.
+
+    .venv/bin/python tools/demo_evidence.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from expert_profiler import models, patching, resampling, token_types
+from expert_profiler.errors import UserError, run
+from tools import train_demo_moe
+from tools.demo import card, specialists, tokens
+from tools.demo.corpus import Corpus, corpus
+from tools.demo.recording import Recording, record
+
+HALF = 12  # requests of half a workload: what is compared has equal sizes
+PROMPT_CHARACTERS = 900  # of a piece of code, at most
+MAX_TOKENS = 64
+SPECIALISTS = 10
+EVIDENCE = "evidence.json"
+SIGNIFICANT = 0.01
+
+
+def workloads(text: Corpus) -> dict[str, list[str]]:
+    """Prompts nobody trained on: pieces of held-out programs, and questions of word problems.
+
+    Each workload in two halves, that is every other prompt of it.
+    """
+    code = [piece for file in text.held_out["library"] if (piece := piece_of(file))]
+    questions = [problem.partition("\n\n")[0] for problem in text.held_out["problems"]]
+    return {
+        f"{name}-{half}": prompts[start : 2 * HALF : 2]
+        for name, prompts in (("code", code), ("problems", questions))
+        for start, half in enumerate("ab")
+    }
+
+
+def piece_of(file: str) -> str | None:
+    """Whole lines from the second definition on; None where there is none (prose, tables)."""
+    starts = [match.start() for match in re.finditer(r"^(?:class|def|    def) ", file, re.M)]
+    if len(starts) < 2:
+        return None
+    return file[starts[1] : starts[1] + PROMPT_CHARACTERS].rpartition("\n")[0] + "\n"
+
+
+def class_of_tokens(recordings: Sequence[Recording], tokenizer: Any) -> tuple[Any, Any]:
+    """Texts and class labels of all tokens of the recordings, one after the other."""
+    texts = [tokenizer.decode([int(t)]) for r in recordings for t in r.tokens]
+    first = np.concatenate([r.first() for r in recordings])
+    return np.array(texts, dtype=object), specialists.labels(texts, first)
+
+
+def information(recordings: Sequence[Recording], tokenizer: Any, experts: int) -> list[Any]:
+    """By layer: mutual information of token class and expert over the prompts' tokens."""
+    prompts = np.concatenate([r.prefill for r in recordings])
+    _, label = class_of_tokens(recordings, tokenizer)
+    offsets = np.cumsum([0, *(int(r.request.max()) + 1 for r in recordings)])
+    request = np.concatenate([r.request + o for r, o in zip(recordings, offsets, strict=False)])
+    found = []
+    for layer in recordings[0].topk_ids:
+        ids = np.concatenate([r.topk_ids[layer] for r in recordings])
+        test = token_types.permutation_test(
+            label[prompts],
+            ids[prompts],
+            len(specialists.CLASSES),
+            experts,
+            request=request[prompts],
+        )
+        found.append({"layer": layer, **asdict(test)})
+    return found
+
+
+def differences(recordings: dict[str, Recording], experts: int) -> list[dict[str, Any]]:
+    """Divergence of two workloads and of the halves of one, as expert_profiler.compare has it."""
+    counts = {name: recording.counts(experts) for name, recording in recordings.items()}
+    pairs = {
+        "code against problems": ("code-a", "problems-a"),
+        "the halves of code": ("code-a", "code-b"),
+        "the halves of problems": ("problems-a", "problems-b"),
+    }
+    found = []
+    for name, (one, other) in pairs.items():
+        a, b = counts[one], counts[other]
+        test = resampling.divergence_test(a, b)
+        found.append(
+            {
+                "name": name,
+                "requests": [len(a), len(b)],
+                "bits": test.mean_observed,
+                "by_chance": test.mean_null,
+                "p_value": test.mean_p_value,
+                "layers": test.observed.tolist(),
+            }
+        )
+    return found
+
+
+def phases(recording: Recording, experts: int) -> dict[str, Any]:
+    """Divergence of a workload's prefill and decode tokens; each draw swaps them in requests."""
+    prefill, decode = (
+        recording.where(recording.prefill == phase).counts(experts) for phase in (True, False)
+    )
+    test = resampling.divergence_test(prefill, decode, paired=True)
+    return {"bits": test.mean_observed, "by_chance": test.mean_null, "p_value": test.mean_p_value}
+
+
+def evidence(model: Path, folder: Path) -> dict[str, Any]:
+    """Record and judge. ``folder`` takes the logs and the untrained model."""
+    facts = json.loads((model / train_demo_moe.FACTS).read_text(encoding="utf-8"))
+    settings = train_demo_moe.Settings(**facts["settings"])
+    tokenizer = tokens.load(model)
+    text = corpus()
+    untrained = folder / "untrained"
+    untrained.mkdir(parents=True)
+    train_demo_moe.write_model(train_demo_moe.new_model(settings), tokenizer, untrained)
+
+    prompts = workloads(text)
+    recordings = {}
+    for name, path in (("trained", model), ("untrained", untrained)):
+        print(f"recording {name} …", file=sys.stderr)
+        recordings[name] = record(path, prompts, folder / f"routes-{name}", MAX_TOKENS)
+    trained = recordings["trained"]
+    both = list(trained.values())
+    texts, label = class_of_tokens(both, tokenizer)
+    ids = {n: np.concatenate([r.topk_ids[n] for r in both]) for n in both[0].topk_ids}
+    chosen = specialists.most_specialised(ids, label, texts, settings.experts, SPECIALISTS)
+    return {
+        "text": text.sha256,
+        "same_text_as_in_training": text.sha256 == facts["text"]["sha256"],
+        "requests": {name: len(found) for name, found in prompts.items()},
+        "tokens": {name: len(r.tokens) for name, r in trained.items()},
+        "most_bits": math.log2(settings.experts),
+        "information": {
+            name: information(list(r.values()), tokenizer, settings.experts)
+            for name, r in recordings.items()
+        },
+        "specialists": [asdict(found) for found in chosen],
+        "differences": differences(trained, settings.experts),
+        "phases": phases(trained["problems-a"], settings.experts),
+        "samples": {
+            name: {"prompt": prompts[name][1], "text": trained[name].texts[1]}
+            for name in ("code-a", "problems-a")
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", nargs="?", type=Path, default=models.DEMO_PATH, metavar="MODEL_DIR",
+        help="a checkpoint of tools/train_demo_moe.py [demo_model]")  # fmt: skip
+    add("--keep", type=Path, metavar="DIR", help="leave the recordings there")
+    add("--write-card", action="store_true",
+        help=f"write {EVIDENCE}, README.md and the loss curve into MODEL_DIR")  # fmt: skip
+    args = parser.parse_args(argv)
+    if not (args.model / train_demo_moe.FACTS).is_file():
+        raise UserError(
+            f"{args.model} has no {train_demo_moe.FACTS}, so it is no model of this script's; "
+            f"run: python tools/train_demo_moe.py {args.model}"
+        )
+    report = patching.inspect()
+    if not report.ok:
+        raise UserError(report.message)
+    if args.keep is not None and args.keep.exists():
+        raise UserError(f"{args.keep} exists; name another folder with --keep")
+
+    scratch = Path(tempfile.mkdtemp(prefix="demo-evidence-"))
+    try:
+        found = evidence(args.model, args.keep or scratch)
+    finally:
+        shutil.rmtree(scratch)
+    facts = json.loads((args.model / train_demo_moe.FACTS).read_text(encoding="utf-8"))
+    print(card.figures(facts, found))
+    if args.write_card:
+        train_demo_moe.write_json(args.model / EVIDENCE, found)
+        card.write(args.model, facts, found)
+        print(f"wrote {args.model / 'README.md'}")
+    held, *halves = (row["p_value"] for row in found["differences"])
+    shown = held < SIGNIFICANT and min(halves) > SIGNIFICANT
+    shown &= all(row["p_value"] < SIGNIFICANT for row in found["information"]["trained"])
+    print("next: ./test.sh run --model demo" if shown else "NOT SHOWN: see the p-values above")
+    return 0 if shown else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
