@@ -11,7 +11,9 @@ usage() {
 usage: ./serve.sh [--auto-record[=NAME]] [MODEL] [OPTION of vllm serve...]
 
 Starts `vllm serve MODEL` with the expert-distribution routes and their live page, which is
-XX
+http://localhost:8000/expert_distribution unless --port says otherwise. MODEL is a hub id or a
+folder; without one, a machine without a GPU serves demo_model, any other the GPTQ model.
+
   --auto-record[=NAME]   record from the first request on: a line a forward pass into NAME
                          [per_pass-TIME.jsonl] in the recording directory
 
