@@ -381,6 +381,7 @@ def test_status_tells_what_every_worker_does(serve: Serve) -> None:
         False,
     )
     assert first["tokens"] == {"prefill": PREFILL, "decode": 4}
+    assert server.status()["model"] == "tiny", "not its path"
     assert second["rows"] == 0
     assert first["files"][0].startswith("per_token-")
 

@@ -36,7 +36,13 @@ def a_config(layers: dict[str, SimpleNamespace]) -> SimpleNamespace:
             cudagraph_mode=None,
             mode=None,
         ),
-        model_config=SimpleNamespace(model="tiny", seed=1, dtype=torch.float32, quantization=None),
+        model_config=SimpleNamespace(
+            model="/models/tiny",
+            served_model_name=["tiny"],
+            seed=1,
+            dtype=torch.float32,
+            quantization=None,
+        ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
             pipeline_parallel_size=1,

@@ -305,7 +305,7 @@ class Recorder:
         status: dict[str, Any] = {
             "rank": self._rank(),
             "global_rank": self._global_rank(),
-            "model": self._vllm_config.model_config.model,
+            "model": self._served_name(),
             "writes": bool(chosen),
             "mode": self._mode,
             "layers": self._selection,
@@ -412,6 +412,11 @@ class Recorder:
                 "the recording before is still being written; look at the status and try again"
             )
         self._previous = None
+
+    def _served_name(self) -> str:
+        """The model as clients know it: its path is nothing to them."""
+        names = self._vllm_config.model_config.served_model_name
+        return str(names[0] if isinstance(names, list) else names)
 
     def _global_rank(self) -> int:
         """This worker among all workers of all data-parallel ranks."""

@@ -73,10 +73,12 @@ def agreement(replies: Sequence[Reply]) -> dict[str, Any]:
     differ = [dp for dp, seen in engines.items() if len(seen) > 1]
     if differ and not waiting:
         return {"ok": False, "detail": f"stages of engine {differ[0]} counted different passes"}
-    same = f"{len(replies)} workers: same mode, layers and state"
+    same = f"{len(replies)} workers in the same state" if len(replies) > 1 else "one worker"
     if waiting:
         return {"ok": True, "detail": f"{same}; {waiting} passes wait to be written"}
-    return {"ok": True, "detail": f"{same}; same passes and tokens in every engine's stages"}
+    if all(len(seen) == 1 for seen in engines.values()) and len(replies) > len(engines) > 0:
+        return {"ok": True, "detail": f"{same}; stages counted the same passes and tokens"}
+    return {"ok": True, "detail": same}
 
 
 def summary(replies: Sequence[Reply]) -> dict[str, Any]:
