@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plot which experts a route log's tokens went to, and print how evenly.
 
-    python3 make_hist.py [moe_routes.jsonl] [--out expert_hist.png] [--layer N]
+    python3 make_hist.py [moe_routes.jsonl] [--out expert_hist.png] [--layer N] [--report DIR]
 
 Exit code: 0 plotted; 1 plotted, but the log lost rows or its self-check failed; 2 bad input.
 """
@@ -20,7 +20,8 @@ from expert_profiler import errors
 from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
-    from expert_profiler.reader import Counts, RouteLog
+    from expert_profiler.findings import Counts
+    from expert_profiler.reader import RouteLog
 
 # A status line appears only when there is something to wait for.
 QUIET_SECONDS = 2.0
@@ -33,7 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     from expert_profiler import plots
     from expert_profiler.reader import open_log
 
-    with open_log(args.log, on_progress=_status(args.log)) as log:
+    plots.load_ahead()
+    if args.report is not None:
+        from expert_profiler import page
+        from expert_profiler import report as reports
+
+        page.prepare(args.report, reports.NAMES, args.force, "--report")
+    with open_log(args.log, on_progress=_status(args.log), weights=args.report is not None) as log:
         counts = log.counts(layer=args.layer, include_flagged=args.include_flagged)
         if not counts.values.any():
             raise UserError(
@@ -49,8 +56,12 @@ def main(argv: list[str] | None = None) -> int:
             cautions=log.lost_rows + log.suspicions,
         )
         plots.save_png(figure, args.out)
+        if args.report is not None:
+            _write_report(log, args)
         lost = bool(log.lost_rows)
     print(f"{'plot':<19}{args.out}")
+    if args.report is not None:
+        print(f"{'report':<19}{args.report / 'report.html'} (and report.json)")
     routes, hist = shlex.quote(str(args.log)), shlex.quote(str(args.out))
     here = Path(__file__).resolve().parent
     where = "" if here == Path.cwd() else f"PYTHONPATH={shlex.quote(str(here))} "
@@ -59,9 +70,24 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if lost else 0
 
 
+def _write_report(log: RouteLog, args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from expert_profiler import report as reports
+    from expert_profiler.report_data import collect
+
+    rows = log.num_rows * (2 if log.contamination.rows else 1)
+    tokens = rows // max(1, len(log.layers))
+    with tqdm(total=tokens, desc="report", unit="token", delay=QUIET_SECONDS) as progress:
+        collected = collect(
+            log, outputs=args.outputs, tokenizer=args.tokenizer, on_tokens=progress.update
+        )
+    reports.write(collected, args.report, args.out.read_bytes())
+
+
 def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
     """The figures as aligned text, one fact a line."""
-    from expert_profiler import metrics
+    from expert_profiler import metrics, plots
 
     total = counts.per_expert
     experts, choices = counts.num_experts, int(total.sum())
@@ -85,7 +111,7 @@ def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
         ),
         ("effective experts", f"{metrics.effective_experts(total):.1f} of {experts}"),
         ("max/mean", f"{metrics.max_over_mean(total):.2f}"),
-        ("never used", f"{len(idle)} experts" + (f": {_listed(idle)}" if idle else "")),
+        ("never used", f"{len(idle)} experts" + (f": {plots.listed(idle)}" if idle else "")),
     ]
     if len(layers) > 1:
         # Adding up layers evens out what single layers do: experts of one id are unrelated.
@@ -108,7 +134,26 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("expert_hist.png"), help="default: %(default)s"
     )
     parser.add_argument("--layer", type=int, help="one layer instead of all added up")
-    parser.add_argument("--force", action="store_true", help="replace an existing plot")
+    parser.add_argument("--force", action="store_true", help="replace an existing plot and report")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="also write report.html and report.json there: every figure, over all layers and "
+        "unmarked rows",
+    )
+    parser.add_argument(
+        "--outputs",
+        type=Path,
+        metavar="FILE",
+        help="for the report's token types (default: outputs.jsonl beside the log)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="checkpoint with the tokenizer.json for them (default: the log's model, if local)",
+    )
     parser.add_argument(
         "--include-flagged",
         action="store_true",
@@ -144,11 +189,6 @@ def _status(log: Path) -> Callable[[float], None] | None:
             print(line, end="", file=sys.stderr, flush=True)
 
     return show
-
-
-def _listed(ids: list[int], limit: int = 12) -> str:
-    shown = ", ".join(map(str, ids[:limit]))
-    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
 
 
 if __name__ == "__main__":

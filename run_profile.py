@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from expert_profiler import engine, models, patching, timing
+from expert_profiler import engine, model_sizes, models, patching, timing
 from expert_profiler.errors import UserError, run
 from expert_profiler.prompts import PromptSet, load_prompts, write_prompts
 
@@ -53,7 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="auto", help="auto (gptq with CUDA, tiny without), gptq, full, tiny, "
+    add("--model", default="auto", help="auto (gptq with CUDA, tiny without), gptq, full, olmoe, "
+        "granite-3b, granite-1b, tiny, "
         "a hub id or a checkpoint folder [auto]")  # fmt: skip
     add("--mode", choices=("both", *MODES), default="both", help="which passes to run [both]")
     add("--out", type=Path, default=Path(), metavar="DIR", help="folder for the artifacts [.]")
@@ -98,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the tiny checkpoint {models.TINY_PATH} is not built yet; "
             f"run: python tools/make_tiny_moe.py {models.TINY_PATH}"
         )
-    if preset is models.PRESETS["full"]:
-        models.check_full_precision_memory(devices, args.tensor_parallel_size)
+    model_sizes.check(preset.model, devices, args.tensor_parallel_size)
     models.numbers(args.layers)
     config = models.read_config(preset.model)
     if config is not None:

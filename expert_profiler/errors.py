@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -28,6 +29,9 @@ def run(main: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return EXIT_CODE
+    except BrokenPipeError:  # as in: … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ Nothing here reads the route rows themselves, so the cost does not depend on the
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -66,14 +67,15 @@ class End:
 
 @dataclass(frozen=True)
 class LogFile:
-    """What the two ends of one file say. Offsets and sizes in bytes."""
+    """What the two ends of one log say. Offsets and sizes in bytes."""
 
     path: Path
     size: int
     meta: Meta
     end: End | None
-    end_offset: int  # where the end line starts; the size of the complete lines if there is none
+    end_offset: int  # where the end record starts; the size of what is complete if there is none
     partial_bytes: int  # length of an unfinished last line, left out of everything
+    parts: tuple[Path, ...] = ()  # of a Parquet log
 
     @property
     def finished(self) -> bool:
@@ -82,12 +84,39 @@ class LogFile:
 
 def open_file(path: Path) -> LogFile:
     """Read the header and the end record of the log at ``path``."""
+    from expert_profiler import partfiles
+
+    if partfiles.is_dataset(path):
+        return partfiles.open_dataset(path)
     size = _require_log(path)
     with path.open("rb") as file:
-        meta = _read_meta(path, file)
+        meta = parse_header(path, file.readline(MAX_LINE_BYTES))
         last, offset, partial = _read_tail(path, file, size)
-    end = _parse_end(path, last) if last.get("type") == "end" else None
+    end = parse_end(path, last) if last.get("type") == "end" else None
     return LogFile(path, size, meta, end, offset if end else size - partial, partial)
+
+
+def open_run(path: Path) -> list[LogFile]:
+    """The named log and its siblings of the same run, in the header's order."""
+    main = open_file(path)
+    names = list(main.meta.files)
+    if path.name not in names:
+        names[:1] = [path.name]  # renamed since it was written; the main file comes first
+    files = []
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(
+                f'{path}, line 1: "files" must hold plain file names, found {name!r}; '
+                f"{RECORD_AGAIN}"
+            )
+        sibling = path.with_name(name)
+        if name != path.name and not sibling.exists():
+            raise UserError(
+                f"{sibling} is missing: {path.name} says that it belongs to the same run "
+                f"({len(names)} files); copy it to {path.parent}"
+            )
+        files.append(main if name == path.name else open_file(sibling))
+    return files
 
 
 def find_bad_line(path: Path, public: bool = True) -> tuple[int, str] | None:
@@ -107,6 +136,13 @@ def find_bad_line(path: Path, public: bool = True) -> tuple[int, str] | None:
                     continue
                 return number, _plain_reason(error)
     return None
+
+
+def raise_bad_line(files: Sequence[LogFile]) -> None:
+    """Name the first malformed line of JSONL ``files``; returns when there is none."""
+    for file in files:
+        if not file.parts and (found := find_bad_line(file.path)):
+            raise bad_line_error(file.path, *found)
 
 
 def bad_line_error(path: Path, number: int, reason: str) -> UserError:
@@ -158,15 +194,19 @@ def _require_log(path: Path) -> int:
         raise UserError(f"{path} is empty; {RECORD_AGAIN}")
     if head.startswith(b"\x1f\x8b"):
         raise UserError(f"{path} is gzip-compressed; unpack it first: gunzip -k {path}")
-    # NUL cannot stand in JSON text; the other prefixes are zstd and Parquet. Damage further down
+    # NUL cannot stand in JSON text; the prefix is zstd's. Damage further down
     # is a malformed line and gets its number.
-    if b"\0" in head.partition(b"\n")[0] or head.startswith((b"\x28\xb5\x2f\xfd", b"PAR1")):
+    if head.startswith(b"PAR1"):
+        raise UserError(
+            f"{path} is a binary file, one part of a Parquet log; name its directory: {path.parent}"
+        )
+    if b"\0" in head.partition(b"\n")[0] or head.startswith(b"\x28\xb5\x2f\xfd"):
         raise UserError(f"{path} is a binary file, not a JSONL log; {RECORD_AGAIN}")
     return size
 
 
-def _read_meta(path: Path, file: IO[bytes]) -> Meta:
-    line = file.readline(MAX_LINE_BYTES)
+def parse_header(path: Path, line: bytes) -> Meta:
+    """The header; ``path`` is where it stands."""
     try:
         raw = json.loads(line)
     except ValueError:
@@ -251,7 +291,8 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _parse_end(path: Path, raw: dict[str, Any]) -> End:
+def parse_end(path: Path, raw: dict[str, Any]) -> End:
+    """The end record; ``path`` is where it stands."""
     try:
         check = raw.get("self_check") or {}
         return End(

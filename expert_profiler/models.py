@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,14 @@ class Preset:
 PRESETS = {
     "gptq": Preset("Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4", "float16", 512, "pretrained"),
     "full": Preset("Qwen/Qwen1.5-MoE-A2.7B-Chat", "bfloat16", 512, "pretrained"),
+    "olmoe": Preset("allenai/OLMoE-1B-7B-0924", "bfloat16", 512, "pretrained"),
+    "granite-3b": Preset(
+        "ibm-granite/granite-3.0-3b-a800m-instruct", "bfloat16", 512, "pretrained"
+    ),
+    "granite-1b": Preset(
+        "ibm-granite/granite-3.0-1b-a400m-instruct", "bfloat16", 512, "pretrained"
+    ),
     "tiny": Preset(str(TINY_PATH), "bfloat16", 1024, "random weights"),
-}
-
-#: Shape of Qwen1.5-MoE-A2.7B, to weigh it before a byte of it is downloaded.
-QWEN15_MOE_CONFIG: dict[str, int] = {
-    "vocab_size": 151_936,
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "num_experts": 60,
-    "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632,
 }
 
 
@@ -171,43 +168,3 @@ def numbers(layers: str) -> list[int]:
     if not found or any(len(ends) > 2 or ends != sorted(ends) for ends in found):
         raise UserError(f"--layers {layers!r} is no selection of layers; use all, 0 or 0,3-5")
     return [n for ends in found for n in ends]
-
-
-def qwen2_moe_parameters(config: Mapping[str, int]) -> int:
-    """Number of parameters of a Qwen2-MoE model with untied embeddings."""
-    hidden, experts = config["hidden_size"], config["num_experts"]
-    attention = 4 * hidden * hidden + 3 * hidden  # q, k, v with biases, o without
-    routed = experts * 3 * hidden * config["moe_intermediate_size"]
-    shared = 3 * hidden * config["shared_expert_intermediate_size"] + hidden
-    layer = attention + routed + shared + experts * hidden + 2 * hidden
-    return 2 * config["vocab_size"] * hidden + config["num_hidden_layers"] * layer + hidden
-
-
-def check_full_precision_memory(devices: Sequence[GpuMemory], tensor_parallel_size: int) -> None:
-    """Refuse the full-precision preset where its weights can't fit.
-
-    Args:
-        devices: the machine's GPUs; the first ``tensor_parallel_size`` share the weights.
-        tensor_parallel_size: ranks.
-
-    Raises:
-        UserError: no GPU, or too little memory, with the arithmetic.
-    """
-    weights = 2 * qwen2_moe_parameters(QWEN15_MOE_CONFIG)
-    remedy = "use --model gptq (fits 16 GB), or --tensor-parallel-size with more GPUs"
-    if len(devices) < tensor_parallel_size:
-        raise UserError(
-            f"the full-precision preset needs {tensor_parallel_size} CUDA device(s) with "
-            f"{weights / tensor_parallel_size / 2**30:.1f} GiB for weights each, found "
-            f"{len(devices)}; {remedy}"
-        )
-    share = weights / tensor_parallel_size
-    needed = share * 1.1 + (1 << 30)  # activations, CUDA context and a small KV cache
-    smallest = min(devices[:tensor_parallel_size], key=lambda gpu: gpu.free)
-    if smallest.free < needed:
-        raise UserError(
-            f"the full-precision weights take {share / 2**30:.1f} GiB a GPU (14.3 B parameters x "
-            f"2 bytes / {tensor_parallel_size}) and {needed / 2**30:.1f} GiB with working memory; "
-            f"{smallest.name} has {smallest.free / 2**30:.1f} GiB free, "
-            f"{(needed - smallest.free) / 2**30:.1f} GiB too little; {remedy}"
-        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import numpy.typing as npt
 
 from expert_profiler import metrics
 from expert_profiler.errors import UserError
-from expert_profiler.reader import Counts
+from expert_profiler.findings import Counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +76,18 @@ def expert_histogram(
     return figure
 
 
+def load_ahead() -> None:
+    """Import matplotlib, half a second's work, while something else is waited for."""
+
+    def load() -> None:
+        # Who draws imports it again, and then hears of an error.
+        with contextlib.suppress(ImportError):
+            import matplotlib.backends.backend_agg
+            import matplotlib.figure  # noqa: F401
+
+    threading.Thread(target=load, daemon=True).start()
+
+
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -84,6 +98,12 @@ def save_png(figure: Figure, path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def listed(ids: Sequence[int], limit: int = 12) -> str:
+    """1, 2, 3 and 4 more."""
+    shown = ", ".join(map(str, ids[:limit]))
+    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
 
 
 def _bars(axes: Axes, counts: Counts) -> None:

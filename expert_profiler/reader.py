@@ -1,19 +1,16 @@
-"""Reading a route log of any size: one pass into DuckDB, then every question is a query.
+"""Reading a route log of any size, a JSONL file or a Parquet directory.
 
-The JSON is parsed once into a temporary table of about 80 bytes a row that DuckDB spills to disk
-above ``MEMORY_LIMIT``, so memory does not grow with the log.
+Opening it takes one pass that counts (``tally``), in memory that does not grow with the rows.
+Whatever else is asked goes to DuckDB, as SQL over ``routes``: a Parquet log is read in place, a
+JSONL log is loaded into a table first, which DuckDB spills to disk above ``duck.MEMORY_LIMIT``.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,110 +18,48 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import logfile
+from expert_profiler import duck, logfile, partfiles, scanning, sources
 from expert_profiler.errors import UserError
+from expert_profiler.findings import (
+    CONTAMINATION_RUN,
+    PHASES,
+    Contamination,
+    Counts,
+    Identity,
+    find_contamination,
+    hold_against,
+    phase_codes,
+    selection,
+)
 from expert_profiler.logfile import End, LogFile, Meta
+from expert_profiler.outputs import read_outputs
+from expert_profiler.tally import Tally
 
 if TYPE_CHECKING:
     import duckdb
 
-MEMORY_LIMIT = "1GB"
-PHASES = ("prefill", "decode", "unknown")
-# Distinct tokens never route alike this long, bit for bit; padding and warm-up passes do.
-CONTAMINATION_RUN = 64
+__all__ = [
+    "CONTAMINATION_RUN",
+    "PHASES",
+    "Contamination",
+    "Counts",
+    "Identity",
+    "RouteLog",
+    "open_log",
+    "read_outputs",
+]
 
-# Types are given, not guessed: a guess reads the start of the file only.
-_COLUMNS = (
-    "{type: 'VARCHAR', req_id: 'VARCHAR', token_idx: 'BIGINT', layer: 'INTEGER', "
-    "topk_ids: 'INTEGER[]', topk_weights: 'DOUBLE[]', phase: 'VARCHAR', forward_pass_id: 'BIGINT', "
-    "flag: 'VARCHAR'}"
-)
 _REQUEST_COLUMNS = "{type: 'VARCHAR', req_id: 'VARCHAR', cached_tokens: 'BIGINT'}"
-
-# kind: 0 a usable route row, 1 another record, 2 neither.
-_LOAD = """
-CREATE TEMP TABLE lines AS SELECT
-  (CASE WHEN type = 'route' AND req_id IS NOT NULL AND token_idx IS NOT NULL AND layer IS NOT NULL
-             AND topk_ids IS NOT NULL AND topk_weights IS NOT NULL THEN 0
-        WHEN type IN ('meta', 'request', 'end') THEN 1 ELSE 2 END)::UTINYINT AS kind,
-  req_id, token_idx, layer,
-  (CASE phase WHEN 'prefill' THEN 0 WHEN 'decode' THEN 1 ELSE 2 END)::UTINYINT AS phase,
-  flag IS NOT NULL AS flagged,
-  topk_ids, {weights}
-  forward_pass_id,
-  hash(topk_ids, topk_weights) AS route_hash
-FROM {source}
-"""
-
 _CACHED = """
 SELECT req_id, max(cached_tokens) FROM {source}
 WHERE type = 'request' AND cached_tokens > 0 GROUP BY req_id
 """
-
 _WEIGHT_FAULTS = """
 SELECT count(*) FILTER (len(topk_weights) <> len(topk_ids)),
        count(*) FILTER (list_count(topk_weights) < len(topk_weights)
                         OR NOT isfinite(list_sum(topk_weights)) OR list_min(topk_weights) < 0)
-FROM {source} WHERE type = 'route'
+FROM {source}
 """
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How often each expert was chosen.
-
-    values: [layers, phases, experts] int64; rows: [layers, phases] int64, the rows behind them.
-    Expert ids are logical and run from 0 to experts - 1.
-    """
-
-    layers: tuple[int, ...]
-    phases: tuple[str, ...]
-    values: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.values.shape[2])
-
-    @property
-    def per_expert(self) -> npt.NDArray[np.int64]:
-        """[experts] int64: over all layers and phases."""
-        total: npt.NDArray[np.int64] = self.values.sum(axis=(0, 1))
-        return total
-
-    @property
-    def per_phase(self) -> npt.NDArray[np.int64]:
-        """[phases, experts] int64: over all layers."""
-        total: npt.NDArray[np.int64] = self.values.sum(axis=0)
-        return total
-
-    def phase_rows(self) -> dict[str, int]:
-        return dict(zip(self.phases, self.rows.sum(axis=0).tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Contamination:
-    """Rows inside runs of at least CONTAMINATION_RUN identical rows of one layer."""
-
-    rows: int
-    share: float  # of all unflagged rows, 0 to 1
-    longest_run: int
-    layers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The row identity: unique positions a layer = sum(prompt + generated - 1) - cached."""
-
-    expected: int
-    cached: int
-    requests: int
-    per_layer: dict[int, int]
-    mismatches: tuple[str, ...]  # one sentence a request whose positions differ
-
-    @property
-    def holds(self) -> bool:
-        return not self.mismatches and all(n == self.expected for n in self.per_layer.values())
 
 
 @contextmanager
@@ -140,15 +75,15 @@ def open_log(
 
     on_progress, if given, gets the percentage read so far every half second, and 100 at the end.
     """
-    files = _open_files(Path(path))
+    files = logfile.open_run(Path(path))
     scratch = tempfile.mkdtemp(prefix="expert-profiler-")
     try:
         log = RouteLog(files, scratch, weights)
         try:
-            log._load(on_progress)
+            log._scan(on_progress)
             yield log
         finally:
-            log._db.close()
+            log._close()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -157,18 +92,14 @@ class RouteLog:
     """An opened log; make one with :func:`open_log`. "Rows" are route lines without a flag."""
 
     def __init__(self, files: list[LogFile], scratch: str, weights: bool) -> None:
-        import duckdb  # 50 ms; only where a log is really read
-
         self.files = files
         self._weights = weights
+        self._scratch = scratch
+        self._tally = Tally()
         self.path = files[0].path
         self.meta: Meta = files[0].meta
         self.end: End | None = logfile.merge_ends([file.end for file in files])
-        self._db: duckdb.DuckDBPyConnection = duckdb.connect(
-            config={"memory_limit": MEMORY_LIMIT, "temp_directory": scratch}
-        )
-        self._db.execute("SET enable_progress_bar = true")
-        self._db.execute("SET enable_progress_bar_print = false")
+        self._loaded = False
 
     # ---- facts -------------------------------------------------------------------------------
 
@@ -180,7 +111,7 @@ class RouteLog:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers that have rows or should have."""
-        seen = {int(layer) for (layer,) in self.query("SELECT DISTINCT layer FROM routes")}
+        seen = set(self._cell_rows[:, 0].tolist())
         return tuple(sorted(seen.union(*(file.meta.layers_logged for file in self.files))))
 
     @cached_property
@@ -201,17 +132,21 @@ class RouteLog:
     def rows_flagged(self) -> int:
         return int(self._cell_rows[self._cell_rows[:, 2] == 1, 3].sum())
 
-    @cached_property
+    @property
     def requests(self) -> int:
-        return self._one("SELECT count(DISTINCT req_id) FROM routes")
+        return self._tally.requests
+
+    @property
+    def is_parquet(self) -> bool:
+        return bool(self.files[0].parts)
 
     # ---- questions ---------------------------------------------------------------------------
 
     def counts(self, layer: int | None = None, include_flagged: bool = False) -> Counts:
         """Count the experts of all layers, or of one."""
         layers = self.layers if layer is None else (self._known(layer),)
-        wanted = _selection(self._cells, layers, include_flagged)
-        rows_of = _selection(self._cell_rows, layers, include_flagged)
+        wanted = selection(self._cells, layers, include_flagged)
+        rows_of = selection(self._cell_rows, layers, include_flagged)
         outside = wanted[(wanted[:, 3] < 0) | (wanted[:, 3] >= self.num_experts)]
         if outside.size:
             raise UserError(
@@ -219,7 +154,7 @@ class RouteLog:
                 f"says {self.num_experts} experts (0 to {self.num_experts - 1}); "
                 f"list all faults with: ./test.sh validate --routes {self.path}"
             )
-        codes = _phase_codes(self._cell_rows)
+        codes = phase_codes(self._cell_rows)
         values = np.zeros((len(layers), len(codes), self.num_experts), dtype=np.int64)
         rows = np.zeros((len(layers), len(codes)), dtype=np.int64)
         index = np.searchsorted(layers, wanted[:, 0]), np.searchsorted(codes, wanted[:, 1])
@@ -235,69 +170,29 @@ class RouteLog:
     @cached_property
     def contamination(self) -> Contamination:
         """Rows in long runs of identical rows (same ids and weights, same layer, file order)."""
-        # Nearly every log ends here: this first look is cheap.
-        repeats = self._one(
-            "SELECT count(*) FROM (SELECT route_hash = lag(route_hash) OVER "
-            "(PARTITION BY layer ORDER BY rowid) AS same FROM routes WHERE NOT flagged) WHERE same"
-        )
-        if repeats < CONTAMINATION_RUN - 1:
+        # Identical rows have equal ids: nearly every log ends here, without reading weights.
+        if self._tally.longest_run < CONTAMINATION_RUN:
             return Contamination(0, 0.0, 0, ())
-        # A run starts where a row differs from the one before it and ends where the next starts.
-        runs = self.query(
-            """
-            SELECT layer, sum(size), max(size) FROM (
-              SELECT layer, lead(i, 1, n + 1) OVER (PARTITION BY layer ORDER BY i) - i AS size
-              FROM (SELECT layer, row_number() OVER w AS i, count(*) OVER (PARTITION BY layer) AS n,
-                           route_hash IS DISTINCT FROM lag(route_hash) OVER w AS starts
-                    FROM routes WHERE NOT flagged WINDOW w AS (PARTITION BY layer ORDER BY rowid))
-              WHERE starts)
-            WHERE size >= ? GROUP BY layer ORDER BY layer""",
-            [CONTAMINATION_RUN],
-        )
-        rows = sum(int(size) for _, size, _ in runs)
-        longest = max((int(size) for *_, size in runs), default=0)
-        share = rows / self.num_rows if rows else 0.0
-        return Contamination(rows, share, longest, tuple(int(layer) for layer, *_ in runs))
+        self._load()
+        return find_contamination(self._db, self.num_rows)
 
     def identity(self, outputs_path: str | Path) -> Identity:
         """Hold the log against ``outputs.jsonl``, layer by layer and request by request."""
         positions = read_outputs(Path(outputs_path))
-        cached = self.cached_tokens()
-        expected = {req: n - cached.get(req, 0) for req, n in positions.items()}
-        found = self.query(
-            "SELECT req_id, min(n), max(n), count(*) FROM (SELECT req_id, layer, "
-            "count(DISTINCT token_idx) AS n FROM routes WHERE NOT flagged GROUP BY req_id, layer) "
-            "GROUP BY req_id"
-        )
-        seen = {str(req): (int(low), int(high), int(n)) for req, low, high, n in found}
-        # A logger that does not know the requests can still satisfy the sums.
-        nothing = (0, 0, 0)
-        joined = expected.keys() & seen.keys()
-        mismatches = []
-        if joined:
-            mismatches = [
-                f"request {req}: {_span(*seen.get(req, nothing)[:2])} positions, {want} expected"
-                for req, want in expected.items()
-                if seen.get(req, nothing) != (want, want, len(self.layers))
-            ]
-            strangers = sorted(seen.keys() - expected.keys())
-            mismatches += [f"request {req}: not in the outputs" for req in strangers]
-        per_layer = self.query(
-            "SELECT layer, count(*) FROM (SELECT DISTINCT req_id, token_idx, layer FROM routes "
-            "WHERE NOT flagged) GROUP BY layer"
-        )
-        unique = dict.fromkeys(self.layers, 0) | {int(layer): int(n) for layer, n in per_layer}
-        return Identity(
-            expected=sum(expected.values()),
-            cached=sum(cached.get(req, 0) for req in positions),
-            requests=len(positions),
-            per_layer=unique,
-            mismatches=tuple(mismatches),
-        )
+        self._load()
+        return hold_against(self._db, positions, self.cached_tokens(), self.layers)
 
     def cached_tokens(self) -> dict[str, int]:
         """Positions a request that the prefix cache served, which were never routed."""
-        rows = self.query(_CACHED.format(source=self._source(_REQUEST_COLUMNS)))
+        if self.is_parquet:
+            found: dict[str, int] = {}
+            for file in self.files:
+                for _, record in partfiles.requests(file):
+                    cached, req = int(record.get("cached_tokens") or 0), str(record["req_id"])
+                    found[req] = max(cached, found.get(req, 0))
+            return {req: n for req, n in found.items() if n}
+        source = sources.json_source(self.files, _REQUEST_COLUMNS)
+        rows = self._db.execute(_CACHED.format(source=source)).fetchall()
         return {str(req): int(n) for req, n in rows}
 
     def weight_faults(self) -> tuple[int, int]:
@@ -305,7 +200,8 @@ class RouteLog:
 
         Each figure is the number of rows where the answer is no. Reads the log once more.
         """
-        [(lengths, values)] = self.query(_WEIGHT_FAULTS.format(source=self._source(_COLUMNS)))
+        sql = _WEIGHT_FAULTS.format(source=sources.weight_source(self.files))
+        [(lengths, values)] = self._db.execute(sql).fetchall()
         return int(lengths), int(values)
 
     def query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
@@ -313,10 +209,20 @@ class RouteLog:
 
         Columns: req_id, token_idx, layer, phase (index into PHASES), flagged, topk_ids,
         topk_weights (only with ``open_log(weights=True)``), forward_pass_id (NULL in a public
-        logger's file); rowid is the file order.
+        logger's file), flag; ORDER BY rowid is the file order.
         """
+        self._load()
         rows: list[tuple[Any, ...]] = self._db.execute(sql, parameters).fetchall()
         return rows
+
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """The database behind :meth:`query`; ``routes`` is there once a question was asked."""
+        return self._db
+
+    def arrow(self, sql: str, rows: int) -> Iterator[Any]:
+        """The answer of :meth:`query` as record batches of about so many rows."""
+        self._load()
+        return iter(self._db.sql(sql).to_arrow_reader(rows))
 
     # ---- findings ----------------------------------------------------------------------------
 
@@ -379,70 +285,57 @@ class RouteLog:
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _load(self, on_progress: Callable[[float], None] | None) -> None:
-        import duckdb
+    @cached_property
+    def _db(self) -> duckdb.DuckDBPyConnection:
+        return duck.connect(self._scratch)
 
-        sql = _LOAD.format(
-            source=self._source(_COLUMNS), weights="topk_weights," if self._weights else ""
-        )
-        try:
-            with _watching(self._db, on_progress):
-                self._db.execute(sql)
-            self._db.execute("CREATE TEMP VIEW routes AS SELECT rowid, * FROM lines WHERE kind = 0")
-            bad = self._one("SELECT count(*) FROM lines WHERE kind = 2")
-            bad += self._one(
-                "SELECT count(*) FROM routes WHERE list_count(topk_ids) < len(topk_ids)"
-            )
-        except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-            self._raise_bad_line()
-            fact = str(error).splitlines()[0]
-            raise UserError(f"{self.path}: {fact}; {logfile.RECORD_AGAIN}") from None
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
-            fact = str(error).splitlines()[0]
+    def _close(self) -> None:
+        if "_db" in self.__dict__:
+            self._db.close()
+
+    def _scan(self, on_progress: Callable[[float], None] | None) -> None:
+        """The one pass that every log gets: count, and find what is malformed."""
+        if len({bool(file.parts) for file in self.files}) > 1:
             raise UserError(
-                f"{self.path}: {fact}; free disk space or set TMPDIR to a larger disk"
-            ) from None
+                f"{self.path}: some ranks' logs are Parquet and some JSONL; convert one"
+            )
+        bad = 0
+        try:
+            if self.is_parquet:
+                scanning.scan_parquet(self.files, self._tally, on_progress)
+            else:
+                source = sources.json_source(self.files, sources.SCAN_COLUMNS)
+                with duck.told(self.files), duck.watching(self._db, on_progress):
+                    bad = scanning.scan_jsonl(self._db, source, self._tally)
+        except scanning.MalformedError as error:
+            logfile.raise_bad_line(self.files)
+            raise UserError(f"{self.path}: {error}; {logfile.RECORD_AGAIN}") from None
         if bad > sum(file.partial_bytes > 0 for file in self.files):
-            self._raise_bad_line()
-        if not self._one("SELECT count(*) FROM routes"):
+            logfile.raise_bad_line(self.files)
+        if not len(self._cell_rows):
             raise UserError(f"{self.path} has a header but no route rows; {logfile.RECORD_AGAIN}")
 
-    def _raise_bad_line(self) -> None:
-        for file in self.files:
-            if found := logfile.find_bad_line(file.path):
-                raise logfile.bad_line_error(file.path, *found)
-
-    def _source(self, columns: str) -> str:
-        paths = ", ".join(_sql_path(file.path) for file in self.files)
-        # A file without an end may stop inside a line: that line becomes NULL, and is counted.
-        lenient = str(not all(file.finished for file in self.files)).lower()
-        return (
-            f"read_json([{paths}], format = 'newline_delimited', columns = {columns}, "
-            f"ignore_errors = {lenient}, compression = 'uncompressed', hive_partitioning = false, "
-            f"maximum_object_size = {logfile.MAX_LINE_BYTES})"
-        )
+    def _load(self) -> None:
+        """Make ``routes``."""
+        if not self._loaded:
+            with duck.told(self.files):
+                self._db.execute(sources.make_routes(self.files, self._weights))
+            self._loaded = True
 
     @cached_property
     def _cells(self) -> npt.NDArray[np.int64]:
         """[cells, 5] int64: layer, phase, flagged, expert, choices."""
-        return _matrix(
-            self.query(
-                "SELECT layer, phase, flagged, expert, count(*) FROM "
-                "(SELECT layer, phase, flagged, unnest(topk_ids) AS expert FROM routes) "
-                "GROUP BY ALL ORDER BY ALL"
-            ),
-            width=5,
-        )
+        return self._tally.cells
 
     @cached_property
     def _cell_rows(self) -> npt.NDArray[np.int64]:
         """[cells, 4] int64: layer, phase, flagged, rows."""
-        return _matrix(
-            self.query("SELECT layer, phase, flagged, count(*) FROM routes GROUP BY ALL"), width=4
-        )
+        return self._tally.cell_rows
 
     @cached_property
     def _duplicates(self) -> int:
+        if self._tally.surely_no_duplicates:
+            return 0
         return self._one(
             "SELECT coalesce(sum(n) - count(*), 0) FROM (SELECT count(*) AS n FROM routes "
             "WHERE NOT flagged GROUP BY req_id, token_idx, layer)"
@@ -459,81 +352,6 @@ class RouteLog:
         return int(self.query(sql)[0][0])
 
 
-def read_outputs(path: Path) -> dict[str, int]:
-    """Positions that the engine computed for each request: prompt + generated - 1."""
-    positions: dict[str, int] = {}
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    req_id = str(record["req_id"])
-                    length = len(record["prompt_token_ids"]) + len(record["token_ids"]) - 1
-                except (KeyError, TypeError, ValueError) as error:
-                    what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
-                    raise logfile.bad_line_error(path, number, what) from None
-                if req_id in positions:
-                    raise logfile.bad_line_error(path, number, f"request {req_id} comes twice")
-                positions[req_id] = length
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {logfile.RECORD_AGAIN}") from None
-    if not positions:
-        raise UserError(f"{path} is empty; {logfile.RECORD_AGAIN}")
-    return positions
-
-
-def _open_files(path: Path) -> list[LogFile]:
-    """The named file and its siblings of the same run, in the header's order."""
-    main = logfile.open_file(path)
-    names = list(main.meta.files)
-    if path.name not in names:
-        names[:1] = [path.name]  # renamed since it was written; the main file comes first
-    files = []
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(
-                f'{path}, line 1: "files" must hold plain file names, found {name!r}; '
-                f"{logfile.RECORD_AGAIN}"
-            )
-        sibling = path.with_name(name)
-        if name != path.name and not sibling.exists():
-            raise UserError(
-                f"{sibling} is missing: {path.name} says that it belongs to the same run "
-                f"({len(names)} files); copy it to {path.parent}"
-            )
-        files.append(main if name == path.name else logfile.open_file(sibling))
-    return files
-
-
-def _selection(
-    cells: npt.NDArray[np.int64], layers: tuple[int, ...], include_flagged: bool
-) -> npt.NDArray[np.int64]:
-    mask = np.isin(cells[:, 0], layers)
-    return cells[mask if include_flagged else mask & (cells[:, 2] == 0)]
-
-
-def _phase_codes(cells: npt.NDArray[np.int64]) -> list[int]:
-    """The phases to show: both known ones whenever one occurs, "unknown" only if it occurs."""
-    seen = set(cells[:, 1].tolist())
-    return [code for code in (0, 1) if seen & {0, 1}] + ([2] if 2 in seen else [])
-
-
-def _matrix(rows: list[tuple[Any, ...]], width: int) -> npt.NDArray[np.int64]:
-    return np.array(rows, dtype=np.int64).reshape(-1, width)
-
-
-def _sql_path(path: Path) -> str:
-    """An absolute path as a SQL literal in which no character is a wildcard."""
-    text = re.sub(r"([*?\[])", r"[\1]", str(path.absolute()))
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _span(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} to {high}"
-
-
 def _ranges(numbers: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> "0-2, 5"."""
     parts: list[list[int]] = []
@@ -543,27 +361,3 @@ def _ranges(numbers: tuple[int, ...]) -> str:
         else:
             parts.append([number])
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
-
-
-@contextmanager
-def _watching(
-    db: duckdb.DuckDBPyConnection, on_progress: Callable[[float], None] | None
-) -> Iterator[None]:
-    """Report the running query's percentage from a second thread."""
-    if on_progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            on_progress(min(99.0, max(0.0, db.query_progress())))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        on_progress(100.0)

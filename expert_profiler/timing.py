@@ -51,20 +51,21 @@ def summarise(repeats: Sequence[Repeat]) -> dict[str, Any]:
     }
 
 
-def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat], seed: int = 0) -> dict[str, Any]:
-    """Cost of recording from pairs that ran next to each other in one engine.
+def paired_ratio(
+    baseline: Sequence[float], treated: Sequence[float], seed: int = 0
+) -> dict[str, Any]:
+    """Median over pairs of treated / baseline, with its uncertainty.
 
-    ratio = wall time with recording / wall time without, per pair; the figure is the median over
-    pairs, its interval the 2.5 and 97.5 percentiles of the medians of bootstrap resamples.
+    The interval is the 2.5 and 97.5 percentiles of the medians of bootstrap resamples of the pairs.
 
     Args:
-        no_log: one repeat a pair.
-        log: its partner, same length.
+        baseline: one measurement a pair, above 0.
+        treated: its partner, same length.
         seed: of the resampling.
     """
     import numpy as np
 
-    ratios = np.array([b.wall_time_sec / a.wall_time_sec for a, b in zip(no_log, log, strict=True)])
+    ratios = np.array([b / a for a, b in zip(baseline, treated, strict=True)])
     draws = np.random.default_rng(seed).choice(ratios, size=(BOOTSTRAP_DRAWS, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return {
@@ -72,6 +73,22 @@ def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat], seed: int = 0) -> 
         "paired_ratio_ci95": [float(low), float(high)],
         "paired_ratios": ratios.tolist(),
         "pairs": len(ratios),
+    }
+
+
+def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat], seed: int = 0) -> dict[str, Any]:
+    """Cost of recording from pairs that ran next to each other in one engine.
+
+    ratio = wall time with recording / wall time without, per pair; see :func:`paired_ratio`.
+
+    Args:
+        no_log: one repeat a pair.
+        log: its partner, same length.
+        seed: of the resampling.
+    """
+    without, with_it = ([item.wall_time_sec for item in each] for each in (no_log, log))
+    return {
+        **paired_ratio(without, with_it, seed),
         "method": (
             "wall time with recording / without, pairs run back to back in one engine, order "
             f"alternating; median, percentile bootstrap of it with {BOOTSTRAP_DRAWS} draws"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_profiler import errors, logfile
+from expert_profiler import errors, logfile, partfiles
 from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ NAMES = {
     "prompts": "prompts.txt",
     "hist": "expert_hist.png",
 }
+PARQUET_ROUTES = "moe_routes.parquet"
 PROMPT_SEPARATOR = "\n\n---\n\n"
 META_KEYS: dict[str, type | tuple[type, ...]] = {
     "model_id": str,
@@ -127,6 +128,8 @@ def _header(log: RouteLog) -> Check:
 
 
 def _route_lines(log: RouteLog) -> Check:
+    if log.is_parquet:
+        return _columns(log)
     for file in log.files:
         if found := logfile.find_bad_line(file.path, public=log.is_public_logger):
             number, reason = found
@@ -134,6 +137,20 @@ def _route_lines(log: RouteLog) -> Check:
     detail = f"{log.num_rows + log.rows_flagged:,} lines with every key and type"
     if log.is_public_logger:
         return Check("route lines", "warn", f"{detail}; phase and forward_pass_id absent")
+    return Check("route lines", "pass", detail)
+
+
+def _columns(log: RouteLog) -> Check:
+    """Parquet's own types stand for the keys and types of lines; what is left is what is absent."""
+    [(rows, phases, passes)] = log.query(
+        "SELECT count(*), count(*) FILTER (phase < 2), count(forward_pass_id) FROM routes"
+    )
+    detail = f"{rows:,} rows of {sum(len(file.parts) for file in log.files)} parts, every column"
+    if log.is_public_logger and (phases, passes) == (0, 0):
+        return Check("route lines", "warn", f"{detail}; phase and forward_pass_id absent")
+    if (phases, passes) != (rows, rows):
+        lacking = f"{rows - phases:,} without a phase, {rows - passes:,} without forward_pass_id"
+        return Check("route lines", "FAIL", f"{rows:,} rows, {lacking}")
     return Check("route lines", "pass", detail)
 
 
@@ -265,7 +282,7 @@ def _prompts(prompts: Path | None, outputs: Path | None) -> Check:
     count = len(text.split(PROMPT_SEPARATOR)) if text.strip() else 0
     if outputs is None:
         return _verdict("prompts", count > 0, f"{count} prompts, no outputs beside them", "none")
-    from expert_profiler.reader import read_outputs
+    from expert_profiler.outputs import read_outputs
 
     answered = len(read_outputs(outputs))
     return _verdict(
@@ -342,8 +359,8 @@ def _parser() -> argparse.ArgumentParser:
 def _paths(args: argparse.Namespace) -> dict[str, Path]:
     """The artifacts to look at: those named, and those that exist in the folder."""
     named = {key: getattr(args, key) for key in NAMES if getattr(args, key) is not None}
-    for path in named.values():
-        if not path.is_file():
+    for key, path in named.items():
+        if not (path.is_file() or (key == "routes" and path.is_dir())):
             raise UserError(f"no file {path}; make the artifacts with: ./test.sh")
     folder = args.dir if args.dir is not None or named else Path()
     found = {}
@@ -351,6 +368,8 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
         if not folder.is_dir():
             raise UserError(f"no directory {folder}; name the one with the artifacts: --dir DIR")
         found = {key: folder / name for key, name in NAMES.items() if (folder / name).is_file()}
+        if "routes" not in found and partfiles.is_dataset(folder / PARQUET_ROUTES):
+            found["routes"] = folder / PARQUET_ROUTES
         if not found | named:
             raise UserError(f"no artifacts in {folder.absolute()}; make them with: ./test.sh")
     return found | named

@@ -105,3 +105,37 @@ def test_transitions_equal_loops_and_batches_add_up(first, second, cut: int) -> 
             assert lift[i, j] == pytest.approx(both / len(with_i) / overall)
         else:
             assert math.isnan(lift[i, j])
+
+
+def test_fixed_teams_have_closed_information_and_even_experts_what_sampling_gives() -> None:
+    teams = co.pair_counts(np.array([[0, 1], [2, 3]] * 5), 4)
+    assert co.pair_information_bits(teams) == pytest.approx(math.log2(3))
+    even = np.array([[a, b] for a in range(4) for b in range(4) if a != b])
+    assert co.pair_information_bits(co.pair_counts(even, 4)) == 0
+    rng = np.random.default_rng(0)
+    found, expected = [], []
+    for _ in range(40):
+        ids = np.argsort(rng.random((500, 12)), axis=1)[:, :2]
+        pairs = co.pair_counts(ids, 12)
+        found.append(co.pair_information_bits(pairs))
+        expected.append(co.pair_chance_bits(pairs))
+    assert np.mean(found) == pytest.approx(np.mean(expected), rel=0.1)
+    single = co.pair_counts(np.array([[0], [1]]), 2)
+    assert math.isnan(co.pair_information_bits(single))
+    assert math.isnan(co.pair_chance_bits(single))
+
+
+@settings(derandomize=True, deadline=None)
+@given(routings())
+def test_information_in_pairs_equals_a_plain_sum(routing) -> None:  # type: ignore[no-untyped-def]
+    ids, experts = routing
+    met = Counter(frozenset(p) for row in ids.tolist() for p in itertools.combinations(row, 2))
+    single = Counter(e for row in ids.tolist() for e in row)
+    found = co.pair_information_bits(co.pair_counts(ids, experts))
+    if not met:
+        assert math.isnan(found)
+        return
+    popular = {frozenset(p): single[p[0]] * single[p[1]] for p in itertools.combinations(single, 2)}
+    n, all_popular = sum(met.values()), sum(popular.values())
+    bits = sum(m / n * math.log2(m / n / (popular[p] / all_popular)) for p, m in met.items())
+    assert found == pytest.approx(max(0, bits), abs=1e-9)

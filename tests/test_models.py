@@ -8,8 +8,6 @@ from expert_profiler import models
 from expert_profiler.errors import UserError
 from expert_profiler.models import GpuMemory
 
-GIB = 1 << 30
-
 
 def test_auto_takes_the_quantized_model_with_a_gpu_and_the_tiny_one_without() -> None:
     assert models.resolve("auto", has_gpu=True).model == "Qwen/Qwen1.5-MoE-A2.7B-Chat-GPTQ-Int4"
@@ -21,50 +19,6 @@ def test_any_hub_id_is_taken_as_it_is() -> None:
     preset = models.resolve("someone/some-moe", has_gpu=False)
     assert (preset.model, preset.dtype, preset.kind) == ("someone/some-moe", "auto", "pretrained")
     assert models.read_config("someone/some-moe") is None
-
-
-def test_the_full_model_has_as_many_parameters_as_its_card_says() -> None:
-    count = models.qwen2_moe_parameters(models.QWEN15_MOE_CONFIG)
-    assert count == 14_315_784_192
-    assert round(count / 1e9, 1) == 14.3
-
-
-def test_parameters_are_counted_like_transformers_counts_them() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_experts": 6,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-    }
-    config = transformers.Qwen2MoeConfig(
-        **sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False
-    )
-    with torch.device("meta"):
-        model = transformers.Qwen2MoeForCausalLM(config)
-    assert models.qwen2_moe_parameters(sizes) == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("free", "ranks", "missing"),
-    [([16], 1, "14.3 GiB too little"), ([24], 1, "6.3 GiB too little"), ([40, 12], 2, "3.7 GiB")],
-)
-def test_too_little_memory_is_told_with_the_arithmetic(
-    free: list[int], ranks: int, missing: str
-) -> None:
-    devices = [GpuMemory("card", size * GIB, size * GIB) for size in free]
-    with pytest.raises(UserError, match=missing) as caught:
-        models.check_full_precision_memory(devices, ranks)
-    assert "14.3 B parameters x 2 bytes" in str(caught.value)
-
-
-@pytest.mark.parametrize(("free", "ranks"), [([40], 1), ([24, 24], 2)])
-def test_enough_memory_is_enough(free: list[int], ranks: int) -> None:
-    devices = [GpuMemory("card", size * GIB, size * GIB) for size in free]
-    models.check_full_precision_memory(devices, ranks)
 
 
 def test_what_nvidia_smi_prints_is_understood() -> None:

@@ -46,13 +46,20 @@ class Page:
         self.driver = driver
         self.width = 0  # of the window, in CSS pixels
 
-    def look(self, width: int = 1280, height: int = 900, theme: str = "light") -> None:
-        """Set the viewport in CSS pixels and the colour scheme that the system asks for."""
+    def look(
+        self,
+        width: int = 1280,
+        height: int = 900,
+        theme: str = "light",
+        motion: str = "no-preference",
+    ) -> None:
+        """Set the viewport in CSS pixels, and what the system prefers: colour scheme and motion."""
         self.width = width
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"name": "prefers-color-scheme", "value": theme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        wishes = {"prefers-color-scheme": theme, "prefers-reduced-motion": motion}
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def open(self, url: str) -> None:
         """Load the page; what an earlier page logged is forgotten."""
@@ -92,6 +99,16 @@ class Page:
 
         for key in keys:
             ActionChains(self.driver).send_keys(getattr(Keys, key, key)).perform()
+
+    def point_at(self, name: str, x: float, y: float) -> None:
+        """Move the mouse to a place in an element, in CSS pixels from its upper left corner."""
+        from selenium.webdriver import ActionChains
+
+        box = self.find(name)
+        self.script("arguments[0].scrollIntoView({block: 'center'})", box)
+        size = box.size
+        offset = round(x - size["width"] / 2), round(y - size["height"] / 2)
+        ActionChains(self.driver).move_to_element_with_offset(box, *offset).perform()
 
     def focused(self) -> str:
         """id of the element with the focus; its value or text where it has no id."""

@@ -57,7 +57,7 @@ class FakeModel:
     layers: list[int] = field(default_factory=lambda: list(range(24)))
     experts: int = 60
     top_k: int = 4
-    name: str = "fake/moe-model"
+    name: str = "stand-in model, invented numbers"
     dp: int = 1
     pp: int = 1
     tp: int = 1
@@ -133,10 +133,11 @@ class FakeModel:
         return {"message": "recording stopped", "closing": False}
 
     def reset_counts(self) -> dict[str, Any]:
-        if not self.recording:
-            raise RefusedError(409, "nothing is recording: start begins from zero anyway")
+        if self.since is None:
+            raise RefusedError(409, "there is nothing to reset: nothing was recorded yet")
         self.reset()
-        return {"message": "counts are back at zero; recording goes on"}
+        self.since = time.time() if self.recording else None
+        return {"message": "recording goes on from zero" if self.recording else "forgotten"}
 
     def files(self) -> list[str]:
         return [] if self.mode == "stat" else [self.path or f"{self.mode}-20261124-231501.jsonl"]
@@ -229,7 +230,7 @@ class FakeModel:
             "path": self.path,
             "recording": self.recording,
             "closing": False,
-            "since": self.since,
+            "since": self.since if self.recording else None,
             "now": time.time(),
             "model": self.name,
             "num_workers": len(workers),

@@ -73,7 +73,11 @@ def test_recording_is_started_and_stopped_from_the_keyboard_and_the_counts_rise(
         assert (page.number("prefill"), page.number("decode")) == (3 * 151, 3 * 16)
         run_passes(model, 4)
         page.wait("more tokens", lambda: page.number("tokens") == 7 * 167)
-        page.wait("a rate", lambda: page.number("pass-rate") >= 0)
+        area = (
+            "return view.rates.reduce((sum, one) => "
+            "sum + (one.to - one.from) * (one.prefill + one.decode), 0)"
+        )
+        assert page.script(area) == pytest.approx(7 * 167), "the rates add up to the tokens"
 
         page.stop()
         assert not model.recording and page.number("tokens") == 7 * 167
@@ -134,6 +138,33 @@ def test_the_heat_map_is_read_with_the_arrow_keys_for_each_kind_of_pass(page: Pa
     assert page.complaints() == []
 
 
+def test_a_cell_of_the_heat_map_is_where_it_is_pointed_at_and_darker_with_more_load(
+    page: Page,
+) -> None:
+    model = recorded(layers=[0, 2, 3], experts=16)
+    total = sum(model.counts[kind][0] for kind in KINDS)
+    luminance = """
+        const image = cells.getContext('2d').getImageData(0, 0, cells.width, cells.height);
+        return view.rows.map((row, y) => row.loads.map((_, x) => {
+          const [left, top] = [(x + 0.5) * map.cell, map.above + (y + 0.3) * map.high];
+          const at = 4 * (Math.floor(top) * image.width + Math.floor(left));
+          const [r, g, b] = image.data.slice(at, at + 3);
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        }))"""
+    with FakeServer(model) as server:
+        page.open(server.url)
+        page.wait("the map", lambda: page.find("cells").is_displayed())
+        lights = np.array(page.script(luminance))
+        never = total == 0
+        assert never.sum() == 1 and (lights[never] > 254).all(), "never chosen: no colour"
+        ratio = total / total.mean(axis=1, keepdims=True)
+        order = np.argsort(ratio[~never])
+        assert np.all(np.diff(lights[~never][order]) <= 1), "one step of rounding aside"
+        page.point_at("cells", *page.script("return [5.5 * map.cell, map.above + 2.5 * map.high]"))
+        assert page.text("readout").startswith(f"Layer 3, expert 5: {total[2, 5]:,} choice")
+    assert page.complaints() == []
+
+
 def test_the_key_is_asked_for_kept_in_the_tab_and_forgotten(page: Page) -> None:
     with FakeServer(recorded(), api_key="s3cret") as server:
         page.open(server.url)
@@ -167,9 +198,14 @@ def test_a_reset_is_confirmed_first_and_starts_from_zero(page: Page) -> None:
         assert page.focused() == "reset" and page.number("tokens") == 835
         page.press("ENTER", "TAB", "ENTER")
         page.wait("zero", lambda: "no forward pass yet" in page.text("empty"))
-        assert model.recording and "back at zero" in page.text("said")
+        assert model.recording and "from zero" in page.text("said")
         run_passes(model, 1)
         page.wait("counts from zero", lambda: page.number("tokens") == 167)
+        page.stop()
+        page.find("reset").click()
+        page.find("confirm-yes").click()
+        page.wait("nothing", lambda: "No recording yet" in page.text("empty"))
+        assert not page.find("reset").is_enabled()
     assert page.complaints() == []
 
 
@@ -216,7 +252,7 @@ def test_markup_from_the_server_is_shown_as_text(page: Page) -> None:
         page.wait("the name", lambda: page.text("model") == HOSTILE)
         page.wait("the map", lambda: page.find("cells").is_displayed())
         page.script("document.querySelectorAll('details').forEach((box) => { box.open = true; })")
-        assert HOSTILE in page.text("file-list")
+        assert table(page, "workers")[0][-1] == f"{HOSTILE}.jsonl"
         assert page.script(elements) == 1 and page.driver.title == "Expert distribution"
     assert page.complaints() == []
     assert "innerHTML" not in PAGE.read_text() and "insertAdjacentHTML" not in PAGE.read_text()
@@ -252,6 +288,18 @@ def test_a_large_model_fits_the_window_in_both_themes(page: Page, width: int) ->
     assert np.all(np.diff(lights[0]) < 0), "in light, more load is darker, also in greyscale"
     assert np.all(np.diff(lights[1]) > 0), "in dark, more load is lighter"
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_nothing_moves_for_those_who_asked_for_that(page: Page, motion: str) -> None:
+    page.look(motion=motion)
+    animation = (
+        "return getComputedStyle(document.getElementById('state'), '::before').animationName"
+    )
+    with FakeServer(recorded()) as server:
+        page.open(server.url)
+        page.wait("recording", page.recording)
+        assert page.script(animation) == ("none" if motion == "reduce" else "beat")
 
 
 def test_a_hidden_tab_asks_for_nothing_and_wakes_up(page: Page) -> None:

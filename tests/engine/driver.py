@@ -176,7 +176,8 @@ def run(spec: dict[str, Any]) -> None:
             results.append(probe_ops(llm))
         else:
             results.append([thread.name for thread in threading.enumerate()])
-    Path(spec["result"]).write_text(json.dumps({"results": results}), encoding="utf-8")
+    text = json.dumps({"results": results}, default=bytes.hex)  # a dump's counts are bytes
+    Path(spec["result"]).write_text(text, encoding="utf-8")
 
 
 def main() -> int:

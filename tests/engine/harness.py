@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler import patching
+from tests.cores import own_core
 from tests.engine import oracle
 
 #: What the tests found: (mode, rows expected, rows logged, agreement with the oracle).
@@ -38,7 +39,7 @@ class Engines:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**clean, **paths, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env={**clean, **paths, **own_core(), "VLLM_CPU_KVCACHE_SPACE": "1"},
             text=True,
         )
 

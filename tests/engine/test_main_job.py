@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from expert_profiler import convert, logfile, recordio
 from tests.engine import harness
 
 PROMPTS = [
@@ -36,9 +38,10 @@ def settings(tiny_checkpoint: Path) -> dict[str, Any]:
 def recorded(
     engines: harness.Engines, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
-    """One engine, recording from its start: two runs of the same prompts into two files."""
+    """One engine, recording from its start: three runs of the same prompts into three logs."""
     folder = tmp_path_factory.mktemp("recorded")
     first, second = folder / "first.jsonl", folder / "second.jsonl"
+    third = folder / "third.parquet"
     results = engines.run(
         folder,
         settings,
@@ -53,6 +56,9 @@ def recorded(
             {"rpc": "status"},
             {"rpc": "nonsense"},
             {"rpc": "stop"},
+            {"rpc": "start", "options": {"path": str(third)}},
+            GENERATE,
+            {"rpc": "stop"},
         ],
         env={
             "VLLM_LOG_MOE": str(first),
@@ -60,7 +66,12 @@ def recorded(
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as users run it
         },
     )
-    return {"first": harness.read(first), "second": harness.read(second), "results": results}
+    return {
+        "first": harness.read(first),
+        "second": harness.read(second),
+        "third": third,
+        "results": results,
+    }
 
 
 def outputs_of(results: list[Any], step: int) -> list[dict[str, Any]]:
@@ -153,6 +164,43 @@ def test_two_recordings_of_the_same_prompts_are_equal(recorded: dict[str, Any]) 
     assert_same_routes(first, second)
 
 
+def test_a_parquet_log_holds_the_same_routes(recorded: dict[str, Any], tmp_path: Path) -> None:
+    results, path = recorded["results"], recorded["third"]
+    convert.convert(path, tmp_path / "third.jsonl")
+    log = harness.read(tmp_path / "third.jsonl")
+    first = by_prompt(recorded["first"], outputs_of(results, 0))
+    assert_same_routes(by_prompt(log, outputs_of(results, 11)), first)
+    assert log.end["self_check"]["verdict"] == "pass"
+    assert log.end["rows"] == log.rows == results[12][0]["end"]["rows"]
+    assert len(log.requests) == len(PROMPTS)
+    assert log.meta["weights_dtype"] == "float32"
+
+
+def test_a_row_takes_at_most_18_bytes_in_parquet_and_11_with_float16_weights(
+    recorded: dict[str, Any], tmp_path: Path
+) -> None:
+    rows, sizes = recorded["third"], {}
+    half = tmp_path / "half.parquet"
+    chunks = [
+        chunk._replace(rows=rounded(chunk.rows))
+        for chunk in recordio.read_parquet(logfile.open_file(rows))
+    ]
+    plan = recordio.Plan(60, 4, "float16")
+    recordio.write_parquet(half, recorded["first"].meta, chunks, None, plan)
+    for path in (rows, half):
+        sizes[path] = sum(part.stat().st_size for part in path.iterdir()) / recorded["first"].rows
+    print(f"{sizes[rows]:.2f} bytes a row, {sizes[half]:.2f} with float16 weights")
+    assert sizes[rows] <= 18
+    assert sizes[half] <= 11
+
+
+def rounded(rows: pa.Table) -> pa.Table:
+    """The rows as ``VLLM_LOG_MOE_WEIGHTS=float16`` keeps them."""
+    at = rows.schema.get_field_index("topk_weights")
+    kind = pa.list_(pa.field("element", pa.float16()), 4)
+    return rows.set_column(at, "topk_weights", rows["topk_weights"].cast(kind))
+
+
 def test_the_request_records_account_for_the_rows(recorded: dict[str, Any]) -> None:
     log = recorded["first"]
     rows = Counter(req_id for req_id, _, layer in log.routes if layer == 0)
@@ -171,9 +219,9 @@ def test_the_run_checks_itself_and_says_so(recorded: dict[str, Any]) -> None:
 
 def test_the_header_says_what_was_run(recorded: dict[str, Any], settings: dict[str, Any]) -> None:
     meta = recorded["first"].meta
-    assert list(meta)[:9] == [
+    assert list(meta)[:8] == [
         "type", "model_id", "vllm_version", "torch_version", "device", "seed", "layers_logged",
-        "top_k", "schema_version",
+        "top_k",
     ]  # fmt: skip
     assert meta["model_id"] == settings["model"]
     assert meta["vllm_version"].startswith("0.15.1")
@@ -252,11 +300,19 @@ def test_recording_does_not_change_the_output(
 def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
     engines: harness.Engines, settings: dict[str, Any], recorded: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = tmp_path / "some.jsonl"
+    path, parquet = tmp_path / "some.jsonl", tmp_path / "some.parquet"
     results = engines.run(
         tmp_path,
         settings,
-        [GENERATE, {"rpc": "start"}, GENERATE, {"rpc": "stop"}],
+        [
+            GENERATE,
+            {"rpc": "start"},
+            GENERATE,
+            {"rpc": "stop"},
+            {"rpc": "start", "options": {"path": str(parquet)}},
+            GENERATE,
+            {"rpc": "stop"},
+        ],
         env={
             "VLLM_LOG_MOE": str(path),
             "VLLM_LOG_MOE_LAYERS": "0,3-5",
@@ -270,6 +326,12 @@ def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
     some = by_prompt(log, outputs_of(results, 2))
     chosen = {key: row for key, row in whole.items() if key[2] in (0, 3, 4, 5)}
     assert_same_routes(some, chosen)
+    # In one process the same prompts meet in the same batches, so nothing may differ.
+    convert.convert(parquet, tmp_path / "converted.jsonl")
+    same = harness.read(tmp_path / "converted.jsonl")
+    assert by_prompt(same, outputs_of(results, 5)).keys() == some.keys()
+    for key, row in by_prompt(same, outputs_of(results, 5)).items():
+        assert {**row, "req_id": ""} == {**some[key], "req_id": ""}
 
 
 @pytest.mark.parametrize(

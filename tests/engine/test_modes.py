@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.engine import harness
@@ -249,14 +250,64 @@ def test_embeddings_are_recorded_as_prefill(runs: Runs) -> None:
 TWO_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
+def three_modes(folder: Path) -> list[dict[str, Any]]:
+    """The same requests in all three modes, one at a time: in other batches near-ties differ."""
+    folder.mkdir(parents=True)
+    steps: list[dict[str, Any]] = []
+    for mode in ("stat", "per_pass", "per_token"):
+        path = None if mode == "stat" else str(folder / f"{mode}.jsonl")
+        steps.append({"rpc": "configure", "options": {"mode": mode}})
+        steps.append({"rpc": "start", "options": {"path": path}})
+        steps += [{"generate": [prompt], "sampling": GREEDY} for prompt in PROMPTS[:3]]
+        steps += [{"rpc": "stop"}, {"rpc": "dump"}]
+    return steps
+
+
+def check_modes(results: list[Any], folder: Path, writers: list[bool]) -> None:
+    """Sum of stat = sum of per_pass = counts of per_token = tokens x top_k, over all ranks."""
+    size = len(results) // 3
+    totals = []
+    for start in range(0, len(results), size):
+        outputs = [step["outputs"][0] for step in results[start + 2 : start + 5]]
+        tokens = sum(
+            len(output["prompt_token_ids"]) + len(output["all_token_ids"][0]) - 1
+            for output in outputs
+        )
+        dump = results[start + size - 1]
+        assert ["counts" in reply for reply in dump] == writers
+        counted: dict[int, list[int]] = {}
+        for reply in dump:
+            if "counts" in reply:
+                flat = np.frombuffer(bytes.fromhex(reply["counts"]), dtype="<i8")
+                by_layer = flat.reshape(reply["shape"]).sum(axis=0)
+                assert not set(reply["layers"]) & set(counted), "no layer counts twice"
+                counted.update(zip(reply["layers"], by_layer.tolist(), strict=True))
+                assert reply["self_check"]["verdict"] == "pass"
+        assert sorted(counted) == list(range(NUM_LAYERS))
+        assert {sum(own) for own in counted.values()} == {tokens * 4}
+        totals.append(counted)
+    assert totals[0] == totals[1] == totals[2]
+    logged = {layer: [0] * 60 for layer in range(NUM_LAYERS)}
+    for path in folder.glob("per_token*.jsonl"):
+        for (_, _, layer), row in harness.read(path).routes.items():
+            for expert in row["topk_ids"]:
+                logged[layer][expert] += 1
+    assert logged == totals[2]
+
+
 def test_tensor_parallel_ranks_count_once(
     runs: Runs, whole_prompts: dict[tuple[str, int, int], list[int]]
 ) -> None:
     outputs = runs.run(
-        [{"generate": PROMPTS, "sampling": GREEDY}, {"rpc": "stop"}],
+        [
+            {"generate": PROMPTS, "sampling": GREEDY},
+            {"rpc": "stop"},
+            *three_modes(runs.folder / "modes"),
+        ],
         env=TWO_PROCESSES,
         tensor_parallel_size=2,
     )
+    check_modes(outputs[2:], runs.folder / "modes", [True, False])
     log = runs.check("tensor parallel 2", outputs[0]["outputs"])
     assert [reply["writes"] for reply in outputs[1]] == [True, False]
     assert log.meta["parallel"]["tp"] == 2
@@ -270,10 +321,15 @@ def test_pipeline_stages_write_their_own_layers_and_the_reader_merges_them(
     from expert_profiler.reader import open_log
 
     results = runs.run(
-        [{"generate": PROMPTS, "sampling": GREEDY}, {"rpc": "stop"}],
+        [
+            {"generate": PROMPTS, "sampling": GREEDY},
+            {"rpc": "stop"},
+            *three_modes(runs.folder / "modes"),
+        ],
         env=TWO_PROCESSES,
         pipeline_parallel_size=2,
     )
+    check_modes(results[2:], runs.folder / "modes", [True, True])
     stages = [harness.read(runs.folder / name) for name in ("x.jsonl", "x.pp1.jsonl")]
     assert [stage.meta["layers_logged"] for stage in stages] == [[0, 1], [2, 3]]
     assert all(stage.meta["files"] == ["x.jsonl", "x.pp1.jsonl"] for stage in stages)

@@ -1,7 +1,8 @@
-"""A stand-in for the model runner: passes over made-up requests through the real hooks."""
+"""A stand-in for the model runner that makes up requests and lets their passes through."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,3 +97,7 @@ class FakeRunner:
     def dummy_run(self) -> None:
         """A profile, warm-up or capture pass."""
         self.forward(32)
+
+
+def group(rank: int = 0, size: int = 1) -> Callable[[], SimpleNamespace]:
+    return lambda: SimpleNamespace(rank_in_group=rank, world_size=size, cpu_group=None)

@@ -98,6 +98,12 @@ def test_only_single_tokens_go_into_parquet() -> None:
         _config(VLLM_LOG_MOE="/logs/x.parquet", VLLM_LOG_MOE_MODE="per_pass")
 
 
+def test_a_directory_may_be_written_with_a_slash() -> None:
+    config = RouteLogConfig.from_env({"VLLM_LOG_MOE": "/logs/x.parquet/"})
+    assert config is not None
+    assert config.path == Path("/logs/x.parquet")
+
+
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = RouteLogConfig.from_env({"VLLM_LOG_MOE": " logs/x.jsonl "})

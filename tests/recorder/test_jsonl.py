@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from vllm.moe_routes.formats.jsonl import encode_object, encode_routes
+from vllm.moe_routes.formats.jsonl import CHUNK, JsonlLog, encode_object, encode_routes
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Flag, RequestBook, RowTable
 from vllm.moe_routes.snapshot import Routes
@@ -153,6 +155,44 @@ def test_rows_that_are_not_good_are_left_out_and_the_others_kept(good: np.ndarra
         if fine
     ]
     assert _lines(_encode(layers, table, routes, good)) == kept
+
+
+@QUICK
+@given(
+    weights=hnp.arrays(np.float32, (3, 2, 2), elements=st.floats(width=32)),
+    ids=hnp.arrays(np.int16, (3, 2, 2), elements=st.integers(0, 299)),
+    good=hnp.arrays(bool, (3, 2)),
+)
+def test_lines_are_those_of_a_plain_encoder_to_the_byte(
+    weights: np.ndarray, ids: np.ndarray, good: np.ndarray
+) -> None:
+    """msgspec over dictionaries: what the lines were first made with."""
+    layers = [a_layer(0, num_experts=300), a_layer(7, num_experts=300)]
+    table = a_table(3, [0, 1, 2], prompt=2)
+    meant = _meant(layers, table, Routes(ids, weights, None))
+    kept = [line for line, fine in zip(meant, good.reshape(-1), strict=True) if fine]
+    want = b"".join(msgspec.json.encode(line) + b"\n" for line in kept)
+    assert _encode(layers, table, Routes(ids, weights, None), good) == want
+
+
+def test_passes_are_written_in_their_order_whenever_their_lines_are_made(tmp_path: Path) -> None:
+    layers, every = [a_layer(0), a_layer(1)], np.ones((4, 2), dtype=bool)
+    log = JsonlLog(tmp_path / "x.jsonl", {"type": "meta"}, layers, "float32")
+    want = encode_object({"type": "meta"})
+    for number in range(2 * CHUNK // every.size + 3):
+        table, routes = a_table(4), clean_routes(layers, 4, seed=number)
+        log.write_routes(number, table, routes.topk_ids, routes.topk_weights, every)
+        want += _encode(layers, table, routes, every, number)
+        if number % 100 == 7:
+            log.write_request({"type": "request", "after": number})
+            want += encode_object({"type": "request", "after": number})
+        if number % 100 == 50:
+            log.flush()
+            assert (tmp_path / "x.jsonl").read_bytes() == want
+    log.close({"type": "end"})
+    want += encode_object({"type": "end"})
+    assert (tmp_path / "x.jsonl").read_bytes() == want
+    assert log.bytes == len(want)
 
 
 def test_a_pass_without_tokens_has_no_lines() -> None:

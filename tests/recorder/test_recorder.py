@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from vllm.config import CompilationMode
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
 from vllm.moe_routes import provenance, recording
 from vllm.moe_routes import recorder as module
@@ -23,21 +24,17 @@ from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
 from vllm.sampling_params import SamplingParams
 
 from tests.recorder.build import read_lines
-from tests.recorder.fake_runner import INDICES, FakeRunner
+from tests.recorder.fake_runner import INDICES, FakeRunner, group
 
 pytestmark = pytest.mark.timeout(60)
 
 EOS = 9
 
 
-def _group(rank: int = 0, size: int = 1) -> Callable[[], SimpleNamespace]:
-    return lambda: SimpleNamespace(rank_in_group=rank, world_size=size, cpu_group=None)
-
-
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_pp_group", _group())
-    monkeypatch.setattr(module, "get_tp_group", _group())
+    monkeypatch.setattr(module, "get_pp_group", group())
+    monkeypatch.setattr(module, "get_tp_group", group())
     # It covers files of an installed vLLM, which lie elsewhere than this overlay.
     monkeypatch.setattr(provenance, "patch_id", lambda: "0123abcd")
 
@@ -193,6 +190,8 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     assert runner.moe_routes is not None
+    while _do(runner, "status")["so_far"]["passes"] == 0:
+        time.sleep(0.01)  # what waits when the error comes is lost too, and counted
 
     def exhausted(*_: Any) -> None:
         raise MemoryError("no pinned memory left")
@@ -227,17 +226,67 @@ def test_a_recording_is_not_started_into_a_file_of_another_kind(arm: Arm, tmp_pa
     assert list(tmp_path.glob("*.csv")) == []
 
 
-def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path) -> None:
-    runner = arm(layers="3-4")
+def _compiled() -> FakeRunner:
+    """A runner whose forward pass is compiled, so that the hook in it is what it was at first."""
+    runner = FakeRunner()
+    runner.vllm_config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    return runner
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path, mode: str) -> None:
+    runner = arm(_compiled() if mode == "compiled" else FakeRunner(), layers="3-4")
     _do(runner, "start")
     runner.execute(("7-0000000a", 2, 2))
+    taps = [layer.moe_route_tap for layer in runner.layers.values()]
     _do(runner, "stop")
     header = read_lines(log)[0]
     assert header["layers_logged"] == [3, 4]
     assert header["num_moe_layers"] == 3
     assert {row["layer"] for row in read_lines(log) if row["type"] == "route"} == {3, 4}
-    taps = [layer.moe_route_tap for layer in runner.layers.values()]
     assert [tap and tap.slot for tap in taps] == [None, 0, 1]
+
+
+def test_an_eager_pass_runs_no_hook_while_nothing_records(arm: Arm, log: Path) -> None:
+    runner = arm()
+    _do(runner, "configure", layers="4")
+    for path in (log, log.with_name("again.jsonl")):
+        assert [layer.moe_route_tap for layer in runner.layers.values()] == [None] * 3
+        _do(runner, "start", path=str(path))
+        tapped = [layer.moe_route_tap is not None for layer in runner.layers.values()]
+        assert tapped == [False, False, True]
+        runner.execute(("7-0000000a", 2, 2))
+        assert _do(runner, "stop")["end"]["rows"] == 2
+
+
+def test_a_compiled_pass_keeps_its_hook_and_no_list(arm: Arm) -> None:
+    """Whether a recording runs must not change what was compiled."""
+    runner = arm(_compiled())
+    before = [layer.moe_route_tap for layer in runner.layers.values()]
+    assert [tap.kept for tap in before] == [None] * 3
+    _do(runner, "start")
+    _do(runner, "stop")
+    after = [layer.moe_route_tap for layer in runner.layers.values()]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("chosen", ["all", "1", "1,4"])
+def test_eager_and_compiled_passes_leave_the_same_rows(
+    arm: Arm, tmp_path: Path, chosen: str
+) -> None:
+    files = []
+    for runner in (FakeRunner(), _compiled()):
+        arm(runner)
+        _do(runner, "configure", layers=chosen)
+        path = tmp_path / f"{len(files)}.jsonl"
+        assert _do(runner, "start", path=str(path))["ok"]
+        runner.dummy_run()
+        runner.execute(("7-0000000a", 2, 2), ("8-0000000b", 1, 1))
+        runner.execute(("7-0000000a", 1, 2))
+        _do(runner, "stop")
+        files.append([line for line in read_lines(path) if line["type"] == "route"])
+    assert files[0] == files[1]
+    assert len(files[0]) == 4 * {"all": 3, "1": 1, "1,4": 2}[chosen]
 
 
 def test_the_header_starts_with_the_documented_keys(arm: Arm, log: Path) -> None:
@@ -465,7 +514,7 @@ def test_a_process_that_just_ends_closes_its_recording(
 def test_other_tensor_parallel_ranks_tap_and_write_nothing(
     arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "get_tp_group", _group(rank=1, size=2))
+    monkeypatch.setattr(module, "get_tp_group", group(rank=1, size=2))
     runner = arm()
     assert _do(runner, "start")["ok"]
     runner.execute(("7-0000000a", 2, 2))
@@ -500,7 +549,7 @@ def test_every_pipeline_stage_writes_its_own_layers_to_its_own_file(
             others = FakeRunner(part).layers.items()
             stages[i] = own if i == stage else module.layers.describe(others)
 
-    monkeypatch.setattr(module, "get_pp_group", _group(rank=stage, size=2))
+    monkeypatch.setattr(module, "get_pp_group", group(rank=stage, size=2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     runner = arm(FakeRunner(parts[stage]), layers=selection)
     _do(runner, "start")
@@ -517,7 +566,7 @@ def test_a_stage_without_a_chosen_layer_writes_nothing(
     def gather(stages: list[Any], own: Any, group: Any) -> None:
         stages[:] = [own, module.layers.describe(FakeRunner((2, 3)).layers.items())]
 
-    monkeypatch.setattr(module, "get_pp_group", _group(rank=0, size=2))
+    monkeypatch.setattr(module, "get_pp_group", group(rank=0, size=2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     runner = arm(FakeRunner((0, 1)), layers="3")
     assert _do(runner, "start")["ok"]
@@ -591,7 +640,7 @@ def test_every_data_parallel_rank_and_stage_has_its_own_file_and_names_all_of_th
             others = FakeRunner(part).layers.items()
             stages[i] = own if i == stage else module.layers.describe(others)
 
-    monkeypatch.setattr(module, "get_pp_group", _group(rank=stage, size=2))
+    monkeypatch.setattr(module, "get_pp_group", group(rank=stage, size=2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     runner = arm(_dp_runner(dp, parts=parts[stage]))
     _do(runner, "start")
@@ -603,13 +652,13 @@ def test_every_data_parallel_rank_and_stage_has_its_own_file_and_names_all_of_th
 
 def test_alone_a_layer_maps_no_rows_and_asks_for_no_context(arm: Arm) -> None:
     """Its forward pass is traced on CPU: what the hook reads there would be baked in."""
-    runner = arm()
+    runner = arm(_compiled())
     taps = [layer.moe_route_tap for layer in runner.layers.values()]
     assert [(tap.layout, tap.logical_ids) for tap in taps] == [(None, None)] * 3
 
 
 def test_the_buffer_holds_a_pass_padded_to_the_tensor_parallel_size(arm: Arm) -> None:
-    runner = FakeRunner()
+    runner = _compiled()
     runner.vllm_config.scheduler_config.max_num_batched_tokens = 30
     runner.vllm_config.parallel_config.tensor_parallel_size = 4
     arm(runner)

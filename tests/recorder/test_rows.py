@@ -458,3 +458,26 @@ def test_even_a_client_that_guesses_vllms_id_shares_no_id() -> None:
     names = ["7-00000002-00000003", "7-00000001", "7-00000002"]
     table = book.place(a_step([(name, 0, 1, 1) for name in names]), None)
     assert len(set(table.req_ids)) == 3
+
+
+@THOROUGH
+@given(
+    start=st.integers(0, 5),
+    prompt=st.integers(1, 6),
+    steps=st.lists(
+        st.tuples(st.integers(0, 9), st.none() | st.integers(0, 3), st.booleans()), max_size=12
+    ),
+    rule=st.none() | st.builds(StopRule, st.frozensets(st.integers(0, 3)), st.integers(0, 4)),
+)
+def test_a_single_row_is_taken_as_a_step_of_one_row_is(
+    start: int,
+    prompt: int,
+    steps: list[tuple[int, int | None, bool]],
+    rule: StopRule | None,
+) -> None:
+    one, many = (Request("r", "r-0", prompt, rule, next_position=start) for _ in range(2))
+    for position, token, recorded in steps:
+        tokens = None if token is None else np.array([token])
+        flags = many.take(np.array([position]), tokens, np.array([recorded]))
+        assert one.take_one(position, token, recorded) == flags[0]
+        assert one == many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -407,3 +408,23 @@ def test_many_recordings_leave_no_thread() -> None:
         writer.put(_step(0))
         writer.close("stop", SOON)
     assert _writers() == before
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_the_writer_runs_on_every_core_of_the_process_not_on_the_engines_alone() -> None:
+    """vLLM binds the engine thread to one core, and a thread inherits its starter's cores."""
+    every = os.sched_getaffinity(0)
+    found: list[set[int]] = []
+    sink = FakeSink()
+    sink.before = lambda: found.append(os.sched_getaffinity(0))
+
+    def engine() -> None:
+        os.sched_setaffinity(0, {min(every)})
+        writer = Writer(sink, 1 << 20, "block", 1.0)
+        writer.put(a_step())
+        writer.close("stop", SOON)
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    thread.join()
+    assert found == [every]

@@ -36,6 +36,11 @@ def moe_routes_capture(
     weights[row0 : row0 + n, slot, :k].copy_(topk_weights[:, :k])
 
 
+#: By slot, a layer's ids and weights of the pass under way, each [n, >= top_k]; None where it has
+#: not fired.
+Kept = list[tuple[Tensor, Tensor] | None]
+
+
 direct_register_custom_op(
     op_name="moe_routes_capture",
     op_func=moe_routes_capture,
@@ -87,6 +92,26 @@ class CaptureBuffer(NamedTuple):
     def clear(self, num_rows: int | None = None) -> None:
         """Mark the first ``num_rows`` rows (all by default) as not captured."""
         self.ids[:num_rows].fill_(self.not_an_id)
+
+    def fill(self, kept: Kept) -> None:
+        """Copy in what a pass has kept, and forget it: all layers at once where they are alike."""
+        slots = [slot for slot, item in enumerate(kept) if item is not None]
+        found = [item for item in kept if item is not None]
+        kept[:] = [None] * len(kept)
+        shapes = {item[0].shape for item in found}
+        if len(shapes) != 1 or found[0][0].shape[1] != self.ids.shape[2]:
+            for slot, item in zip(slots, found, strict=True):
+                moe_routes_capture(self.ids, self.weights, *item, 0, slot)
+            return
+        n = len(found[0][0])
+        ids = torch.stack([item[0] for item in found], dim=1)
+        weights = torch.stack([item[1] for item in found], dim=1)
+        if len(slots) == self.ids.shape[1]:
+            self.ids[:n].copy_(ids)
+            self.weights[:n].copy_(weights)
+        else:
+            self.ids[:n, slots] = ids.to(self.ids.dtype)
+            self.weights[:n, slots] = weights.to(self.weights.dtype)
 
     @property
     def nbytes(self) -> int:

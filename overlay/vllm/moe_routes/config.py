@@ -199,7 +199,7 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
             f"{said_by}{text} does not end in .jsonl, which mode per_pass writes; name a file such "
             "as passes.jsonl"
         )
-    if not text.endswith(SUFFIXES):
+    if not text.rstrip("/").endswith(SUFFIXES):  # a directory may be written with a slash
         raise RouteLogError(
             f"{said_by}{text} does not end in .jsonl or .parquet; name a file such as "
             "moe_routes.jsonl"

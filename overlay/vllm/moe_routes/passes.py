@@ -99,9 +99,7 @@ class PassLog:
             return
         counts = step.pending.resolve()
         record = self._record(step, tokens, counts)
-        lost = tally.lost_choices(counts, tokens.total, self._shape)
-        # A row that lost any of its choices is no whole row.
-        lost_rows = int(np.minimum(lost, tokens.total).sum())
+        lost_rows = tally.lost_rows(counts, tokens.total, self._shape)
         rows = tokens.total * len(self._shape.layers) - lost_rows
         self._file.write_record(record, rows)
         with self.lock:

@@ -3,7 +3,7 @@
 
 import atexit
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,20 @@ class Recorder:
         #: Whether the last recording ended at its bound and nobody has stopped it since.
         self._ended_itself = False
         self._header: dict[str, Any] = {}
-        if not self._layers:
-            return
+        #: Modules and their taps, in slot order.
+        self._taps: list[tuple[Any, Tap]] = []
+        self._taps_stay = False
+        if self._layers:
+            self._arm(runner, modules, len(found))
+        if self._layers:
+            goodbye.watch(self._told_to_go)
+        if config.autostart and config.path is not None:
+            self.start()
+
+    def _arm(self, runner: Any, modules: Mapping[str, Any], num_moe_layers: int) -> None:
+        """Allocate the capture buffer, and have the layers write to it where graphs are made."""
         self._header = provenance.header(
-            self._vllm_config, runner.device, self._layers, len(found), self._rank()
+            self._vllm_config, runner.device, self._layers, num_moe_layers, self._rank()
         )
         # A pass is padded up to a multiple of the tensor-parallel size where it is split by it.
         num_rows = round_up(
@@ -131,13 +141,19 @@ class Recorder:
             self._vllm_config.parallel_config.tensor_parallel_size,
         )
         buffer = capture.allocate(self._layers, num_rows, runner.device)
+        # Without graphs, which bake the hook in, the layers of a running recording are tapped and
+        # no others; and on the host, where a copy is dear, all of a pass's choices are copied once.
+        self._taps_stay = provenance.execution(self._vllm_config) != "eager"
+        keeps = not self._taps_stay and runner.device.type == "cpu"
+        kept: capture.Kept = [None] * len(self._layers) if keeps else []
         self._source = Source(
             runner,
             buffer,
             SNAPSHOTTERS[runner.device.type](),
             CLOCKS[runner.device.type](),
-            config,
+            self._config,
             self._global_rank(),
+            kept,
         )
         layout = _layout(self._vllm_config)
         for slot, item in enumerate(self._layers):
@@ -145,16 +161,18 @@ class Recorder:
             logical_ids = LogicalIds() if self._vllm_config.parallel_config.enable_eplb else None
             if logical_ids is not None:
                 module.router.moe_logical_ids = logical_ids
-            module.moe_route_tap = Tap(buffer.ids, buffer.weights, slot, layout, logical_ids)
+            tap = Tap(
+                buffer.ids, buffer.weights, slot, layout, logical_ids, kept if keeps else None
+            )
+            self._taps.append((module, tap))
+        if self._taps_stay:
+            self._tap(self._layers)
         logger.info(
             "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
             len(self._layers),
-            len(found),
+            num_moe_layers,
             buffer.nbytes / 2**20,
         )
-        goodbye.watch(self._told_to_go)
-        if config.autostart and config.path is not None:
-            self.start()
 
     # ---- around a forward pass -------------------------------------------------------------
 
@@ -256,6 +274,8 @@ class Recorder:
         self._active = False
         if self._recording is not None:
             atexit.unregister(self.shutdown)
+            if not self._taps_stay:
+                self._tap([])
             self._recording.stop(reason, timeout)
         return self.status()
 
@@ -358,6 +378,13 @@ class Recorder:
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
             atexit.register(self.shutdown)
+            if not self._taps_stay:
+                self._tap(recording.layers)
+
+    def _tap(self, chosen: Sequence[layers.MoELayer]) -> None:
+        """Let these layers' choices be captured, and no others'."""
+        for item, (module, tap) in zip(self._layers, self._taps, strict=True):
+            module.moe_route_tap = tap if item in chosen else None
 
     def _files(self, path: str | None) -> tuple[Path, list[str]]:
         """This rank's file, and the names of all ranks' files."""
@@ -381,7 +408,7 @@ class Recorder:
 
     def _select(self, selection: str) -> list[layers.MoELayer]:
         """The layers of the whole model that a selection names, among the armed ones."""
-        return layers.select(selection, self._armed)
+        return layers.select(selection, self._armed, "layers=")
 
     def _chosen(self) -> list[layers.MoELayer]:
         """This rank's layers of the next recording, in slot order."""

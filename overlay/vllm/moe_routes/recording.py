@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from vllm.logger import init_logger
 from vllm.moe_routes import formats, tally
-from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.capture import CaptureBuffer, Kept
 from vllm.moe_routes.chain import Chain, Part
 from vllm.moe_routes.clock import Clock
 from vllm.moe_routes.config import RouteLogConfig
@@ -44,6 +44,8 @@ class Source(NamedTuple):
         clock: the device's.
         config: the switches.
         rank: of this worker among all of the engine's, over data-parallel ranks.
+        kept: what the layers of an eager pass keep until it ends; empty where the layers write to
+            the buffer themselves.
     """
 
     runner: Any
@@ -52,6 +54,7 @@ class Source(NamedTuple):
     clock: Clock
     config: RouteLogConfig
     rank: int
+    kept: Kept
 
 
 class Recording:
@@ -85,6 +88,7 @@ class Recording:
         # Warm-up passes, padding and older passes left rows there, which a layer that does not
         # fire would repeat.
         self._buffer.clear(num_rows)
+        self._source.kept[:] = [None] * len(self._source.kept)
 
     def end(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Take the forward pass that just ran. Never raises: the engine must go on.
@@ -93,6 +97,8 @@ class Recording:
             num_scheduled_tokens: [R] rows of every request, in batch order.
         """
         try:
+            if self._source.kept:
+                self._source.buffer.fill(self._source.kept)
             self._take(num_scheduled_tokens)
         except Exception as error:
             self._fail(error, num_scheduled_tokens)
@@ -213,8 +219,7 @@ class StatRecording(Recording):
         # Waits for the passes in flight, for no longer than one of them takes.
         counts = self._device_counts.cpu().numpy()
         every, tokens = counts.sum(axis=0), sum(self._tally.tokens)
-        lost = tally.lost_choices(every, tokens, self.shape)
-        self._lost_rows = int(np.minimum(lost, tokens).sum())
+        self._lost_rows = tally.lost_rows(every, tokens, self.shape)
         unfinished = self.passes_unfinished + self._passes_lost
         self._verdict = tally.verdict(every, tokens, self.shape, 0, unfinished)
         return counts, self._status()

@@ -163,6 +163,38 @@ class Request:
         self.positions += int(np.count_nonzero(flags[recorded] == Flag.NONE))
         return flags
 
+    def take_one(self, position: int, token_id: int | None, recorded: bool) -> int:
+        """:meth:`take` of a single row, without numpy: a decode step has many of them.
+
+        Args:
+            position: of the row.
+            token_id: its input token, needed where the engine runs ahead.
+            recorded: whether the row gets into the file.
+
+        Returns:
+            A :class:`Flag`.
+        """
+        again = position < self.next_position and position not in self.dropped
+        flag = Flag.RECOMPUTED if again else Flag.NONE
+        if self.stop is not None and token_id is not None and self.stopped_at is None:
+            generated = position - self.num_prompt_tokens + 1
+            if generated >= max(self.stop.min_tokens, 1) and token_id in self.stop.token_ids:
+                self.stopped_at = position
+        if self.stopped_at is not None and position >= self.stopped_at:
+            flag = Flag.OVERRUN
+        self.next_position = max(self.next_position, position + 1)
+        if not recorded:
+            self.rows_dropped += 1
+            if not again:
+                self.dropped.add(position)
+            return flag
+        self.dropped.discard(position)
+        if flag is Flag.NONE:
+            self.positions += 1
+        else:
+            self.rows_flagged += 1
+        return flag
+
     def as_dict(self) -> dict[str, Any]:
         """What the log says of it."""
         names = ("req_id", "raw_id", "num_prompt_tokens", "cached_tokens", "missed_tokens")
@@ -230,6 +262,7 @@ class RequestBook:
         if recorded is None:
             recorded = np.ones(total, dtype=bool)
         req_ids: list[str] = []
+        sizes, firsts, places = counts.tolist(), starts.tolist(), positions.tolist()
         for i, raw_id in enumerate(step.req_ids):
             request = self._live.get(raw_id)
             if request is None:
@@ -237,12 +270,18 @@ class RequestBook:
             elif raw_id in step.new_requests:
                 first, prompt = step.num_computed_tokens[i], step.num_prompt_tokens[i]
                 request.resume(int(first), int(prompt))
-            if counts[i] == 0:
-                continue
-            rows = slice(int(starts[i]), int(starts[i] + counts[i]))
-            tokens = None if token_ids is None else token_ids[rows]
-            flags[rows] = request.take(positions[rows], tokens, recorded[rows])
-            req_ids.extend([request.req_id] * int(counts[i]))
+            size, row = sizes[i], firsts[i]
+            if size == 1:
+                token = None if token_ids is None else int(token_ids[row])
+                flag = request.take_one(places[row], token, bool(recorded[row]))
+                if flag:
+                    flags[row] = flag
+                req_ids.append(request.req_id)
+            elif size:
+                rows = slice(row, row + size)
+                tokens = None if token_ids is None else token_ids[rows]
+                flags[rows] = request.take(positions[rows], tokens, recorded[rows])
+                req_ids.extend([request.req_id] * size)
         is_decode = positions >= np.repeat(step.num_prompt_tokens.astype(np.int64), counts)
         return RowTable(req_ids, positions, is_decode, flags)
 

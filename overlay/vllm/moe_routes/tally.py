@@ -143,6 +143,15 @@ def lost_choices(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> npt.NDA
     return lost
 
 
+def lost_rows(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> int:
+    """Rows that the lost choices amount to: a layer that does not fire loses whole rows.
+
+    = sum over layers of ceil(lost choices / top_k). Arguments as of :func:`lost_choices`.
+    """
+    top_k = np.array([item.top_k for item in shape.layers], dtype=np.int64)
+    return int((-(-lost_choices(counts, tokens, shape) // top_k)).sum())
+
+
 def verdict(
     counts: npt.NDArray[Any], tokens: int, shape: Shape, dropped: int, unfinished: int
 ) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bounded queue and the thread behind it: the only place that encodes, checks or writes."""
 
+import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -26,6 +28,22 @@ class Sink(Protocol):
     def flush(self) -> None: ...
     def close(self, reason: str, **facts: Any) -> None: ...
     def abandon(self) -> None: ...
+
+
+def _leave_the_engines_core() -> None:
+    """Let this thread run on every core that any thread of this process may use.
+
+    A thread inherits the cores of the one that starts it, and vLLM's CPU backend binds the engine
+    thread to a single one: the writer would only ever run in its place.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            cores |= os.sched_getaffinity(int(thread))
+    with contextlib.suppress(OSError):  # a container may forbid it: then things stay as they are
+        os.sched_setaffinity(0, cores)
 
 
 class Writer:
@@ -128,6 +146,7 @@ class Writer:
         return size == 0 or fits or not self._steps or self.error is not None
 
     def _run(self) -> None:
+        _leave_the_engines_core()
         flush_at: float | None = None
         while True:
             with self._changed:

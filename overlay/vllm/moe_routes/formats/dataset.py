@@ -82,6 +82,7 @@ class PartWriter:
     ) -> None:
         self._meta = _json(header)  # may raise, and then leaves no directory behind
         self._folder = folder
+        self.columns = columns
         # DuckDB can't read split float16.
         half = columns.field("topk_weights").type.value_type == pa.float16()
         self._weights_encoding = "PLAIN" if half else "BYTE_STREAM_SPLIT"

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON lines: one object a token and layer."""
+"""JSON lines: one object a token and layer.
 
-from collections.abc import Callable, Sequence
+The writer thread shares Python's lock with the engine thread, which waits whenever a line is made
+with the lock held. So lines are put together in numpy, which lets go of it, from columns of bytes:
+a row of a matrix is a line, padded with NUL, and the NULs are taken out at the end. JSON has none
+of its own. Only the weights' digits are made one by one.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,20 +21,9 @@ from vllm.moe_routes.formats.linefile import Held, LineFile, refusal
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Flag, RowTable
 
-_FLAG_NAMES = [None, *(flag.name.lower() for flag in Flag if flag)]
-_PHASES = ("prefill", "decode")
 _encoder = msgspec.json.Encoder()
-
-
-class _Route(msgspec.Struct, tag_field="type", tag="route", omit_defaults=True):
-    req_id: str
-    token_idx: int
-    layer: int
-    topk_ids: list[int]
-    topk_weights: list[float]
-    phase: str
-    forward_pass_id: int
-    flag: str | None = None
+#: Lines that are put together at once: few enough to stay in a core's cache.
+CHUNK = 2048
 
 
 class JsonlLog:
@@ -46,7 +43,10 @@ class JsonlLog:
                 "unset it or name a .parquet directory"
             )
         first_line = encode_object(header)
-        self._layers = list(layers)
+        self._lines = LineMaker(layers)
+        #: Passes whose lines are not made yet: made together, small ones cost less.
+        self._waiting: list[Pass] = []
+        self._rows = 0
         self._top_k = max(item.top_k for item in layers)
         self._file = LineFile(path, private)
         try:
@@ -73,34 +73,48 @@ class JsonlLog:
         topk_weights: npt.NDArray[Any],
         good: npt.NDArray[Any],
     ) -> None:
-        lines = encode_routes(self._layers, forward_pass_id, rows, topk_ids, topk_weights, good)
-        flagged = int(np.count_nonzero(good[rows.flags != 0]))
-        self._file.put(lines, Held(int(np.count_nonzero(good)), flagged))
+        self._waiting.append(Pass(forward_pass_id, rows, topk_ids, topk_weights, good))
+        self._rows += good.size
+        if self._rows >= CHUNK:
+            self._make_lines()
 
     def write_request(self, record: dict[str, Any]) -> None:
+        self._make_lines()
         self._file.put(encode_object(record), Held(requests=1))
 
     def write_record(self, record: dict[str, Any], rows: int) -> None:
         """Add a record that stands for ``rows`` rows."""
+        self._make_lines()
         self._file.put(encode_object(record), Held(rows))
 
     def most_bytes(self, num_rows: int, id_bytes: int) -> int:
+        self._make_lines()  # their size is known then
         # The longest line: a float32 as a double takes 24 characters, an id 5, a position 10.
         return num_rows * (190 + 31 * self._top_k + id_bytes)
 
     def flush(self) -> None:
+        self._make_lines()
         self._file.flush()
 
     def close(self, end: dict[str, Any]) -> None:
+        self._make_lines()
         self._file.put(encode_object(end), Held())
         self._file.flush()
         self._file.close()
 
     def abandon(self) -> None:
+        with contextlib.suppress(Exception):  # the error before it is told, and these rows counted
+            self._make_lines()
         self._file.cut_back()
 
     def close_abandoned(self, make_end: Callable[[], dict[str, Any]]) -> None:
         self._file.end_with(lambda: encode_object(make_end()))
+
+    def _make_lines(self) -> None:
+        passes, self._waiting, self._rows = self._waiting, [], 0
+        for data in self._lines.lines(passes):
+            # No request id can hold the mark of a flag: its quotes would be escaped.
+            self._file.put(data, Held(data.count(b"\n"), data.count(b',"flag":"')))
 
     def discard(self) -> None:
         self._file.discard()
@@ -110,6 +124,16 @@ def encode_object(record: dict[str, Any]) -> bytes:
     """One line: the header, a request or the end record."""
     line: bytes = _encoder.encode(record)
     return line + b"\n"
+
+
+class Pass(NamedTuple):
+    """What ``formats.RouteFile.write_routes`` is given."""
+
+    forward_pass_id: int
+    rows: RowTable
+    topk_ids: npt.NDArray[Any]
+    topk_weights: npt.NDArray[Any]
+    good: npt.NDArray[Any]
 
 
 def encode_routes(
@@ -130,21 +154,106 @@ def encode_routes(
         topk_weights: [n, L, K] float32; written exactly, as doubles.
         good: [n, L] bool; rows that are not are left out.
     """
-    all_ids = topk_ids.tolist()
-    all_weights = topk_weights.tolist()
-    every = bool(good.all())
-    slots = [(i, item.layer, item.top_k) for i, item in enumerate(layers)]
-    same_k = all(item.top_k == topk_ids.shape[2] for item in layers)
-    positions = rows.positions.tolist()
-    is_decode, flags = rows.is_decode.tolist(), rows.flags.tolist()
-    lines: list[_Route] = []
-    for t, req_id in enumerate(rows.req_ids):
-        ids, weights, position = all_ids[t], all_weights[t], positions[t]
-        phase, flag = _PHASES[is_decode[t]], _FLAG_NAMES[flags[t]]
-        for i, layer, top_k in slots:
-            if every or good[t, i]:
-                k = ids[i] if same_k else ids[i][:top_k]
-                w = weights[i] if same_k else weights[i][:top_k]
-                lines.append(_Route(req_id, position, layer, k, w, phase, forward_pass_id, flag))
-    encoded: bytes = _encoder.encode_lines(lines)
-    return encoded
+    one = Pass(forward_pass_id, rows, topk_ids, topk_weights, good)
+    return b"".join(LineMaker(layers).lines([one]))
+
+
+class LineMaker:
+    """Turns passes into lines.
+
+    Args:
+        layers: the recorded layers, in slot order.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self._top_k = np.array([item.top_k for item in layers])
+        self._layer = _column([f'{item.layer},"topk_ids":['.encode() for item in layers])
+        self._digits = _numbers(
+            1000 if max(item.num_experts for item in layers) <= 1000 else 1 << 16
+        )
+        self._weights_key = _column([b'],"topk_weights":['] * CHUNK)
+
+    def lines(self, passes: Sequence[Pass]) -> Iterator[bytes]:
+        """The lines of ``passes``, some thousand at a time."""
+        if not any(item.rows.req_ids for item in passes):
+            return
+        head = _column([text for item in passes for text in _heads(item.rows)])
+        tail = _column([text for item in passes for text in _tails(item.forward_pass_id)])
+        codes = [item.rows.is_decode + 2 * item.rows.flags.astype(np.intp) for item in passes]
+        code = np.concatenate([item + 2 * len(Flag) * i for i, item in enumerate(codes)])
+        topk_ids = np.concatenate([item.topk_ids for item in passes])
+        topk_weights = np.concatenate([item.topk_weights for item in passes])
+        token, slot = np.nonzero(np.concatenate([item.good for item in passes]))
+        columns = np.arange(topk_ids.shape[2])
+        for first in range(0, len(token), CHUNK):
+            t, i = token[first : first + CHUNK], slot[first : first + CHUNK]
+            top_k = self._top_k[i]
+            filled = columns < top_k[:, None]  # the rest is no expert id
+            ids = np.where(filled, self._digits[np.where(filled, topk_ids[t, i], 0)], 0)
+            ids = ids.view(np.uint8)
+            ids[:, 0] = 0  # no comma before the first
+            text = np.concatenate(
+                [
+                    head.take(t, 0),
+                    self._layer.take(i, 0),
+                    ids,
+                    self._weights_key[: len(t)],
+                    _join(topk_weights[t, i][filled], top_k),
+                    tail.take(code[t], 0),
+                ],
+                axis=1,
+            ).reshape(-1)
+            yield text[text != 0].tobytes()
+
+
+def _heads(rows: RowTable) -> list[bytes]:
+    """A token's lines up to the layer's index."""
+    names = {req_id: _encoder.encode(req_id) for req_id in set(rows.req_ids)}
+    return [
+        b'{"type":"route","req_id":%b,"token_idx":%d,"layer":' % (names[req_id], position)
+        for req_id, position in zip(rows.req_ids, rows.positions.tolist(), strict=True)
+    ]
+
+
+def _tails(forward_pass_id: int) -> list[bytes]:
+    """What follows the weights, by ``is_decode + 2 * flag``."""
+    tails = []
+    for flag in Flag:
+        told = f',"flag":"{flag.name.lower()}"' if flag else ""
+        tails += [
+            f',"phase":"{phase}","forward_pass_id":{forward_pass_id}{told}}}\n'.encode()
+            for phase in ("prefill", "decode")
+        ]
+    return tails
+
+
+def _column(texts: Sequence[bytes]) -> npt.NDArray[np.uint8]:
+    """Texts as rows of a matrix, padded with NUL: [len(texts), longest]."""
+    column = np.array(texts, dtype=np.bytes_)
+    return column.view(np.uint8).reshape(len(texts), column.itemsize)
+
+
+@functools.cache
+def _numbers(count: int) -> npt.NDArray[Any]:
+    """The numbers below ``count`` as text, a comma before each: [count] integers of its bytes."""
+    texts = [b",%d" % number for number in range(count)]
+    word = np.uint32 if len(texts[-1]) <= 4 else np.uint64
+    return np.array(texts, dtype=f"S{np.dtype(word).itemsize}").view(word)
+
+
+def _join(values: npt.NDArray[Any], counts: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Numbers as text, separated by commas and closed by a bracket, as a column.
+
+    Args:
+        values: [sum(counts)] floats, written exactly, as doubles.
+        counts: [R] how many stand in each row, at least one.
+    """
+    text = np.frombuffer(_encoder.encode(values.tolist()), dtype=np.uint8)[1:].copy()
+    last = np.flatnonzero(text == ord(","))
+    ends = np.append(last, len(text) - 1)[np.cumsum(counts) - 1]
+    text[ends] = ord("]")
+    sizes = np.diff(ends, prepend=-1).astype(np.int32)
+    filled = np.arange(sizes.max(), dtype=np.int32) < sizes[:, None]
+    column = np.zeros(filled.shape, dtype=np.uint8)
+    column[filled] = text
+    return column

@@ -83,7 +83,7 @@ async def configure_expert_distribution(
     request: Request, mode: Mode = "stat", layers: Layers = "all", path: FileName = None
 ) -> Response:
     try:
-        parse_selection(layers)
+        parse_selection(layers, "layers=")
         if path is not None:
             if mode == "stat":
                 raise ApiError(400, "mode stat keeps counts and writes no file; drop path=")

@@ -5,7 +5,7 @@ import asyncio
 from typing import Any
 
 import numpy as np
-from prometheus_client import Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.expert_distribution import answers
 from vllm.entrypoints.serve.expert_distribution.engines import Engines
@@ -18,25 +18,27 @@ logger = init_logger(__name__)
 SCRAPE_SECONDS = 2.0
 
 
-def _gauge(name: str, help_text: str, *labels: str) -> Gauge:
-    return Gauge(f"vllm:moe_routes_{name}", help_text, labels, multiprocess_mode="mostrecent")
-
-
 class Series:
     """The series.
 
     Args:
         per_layer: add one series a layer.
+        registry: vLLM's, which ``/metrics`` shows.
     """
 
-    def __init__(self, per_layer: bool) -> None:
-        self.recording = _gauge("recording", "1 while a recording of MoE routes runs.")
-        self.passes = _gauge("passes", "Forward passes in the current or last recording.")
-        self.rows = _gauge("rows", "Rows recorded: tokens x layers.")
-        self.dropped = _gauge("dropped_rows", "Rows lost, for whatever cause.")
-        self.balance = _gauge("max_over_mean", "Mean over layers of max/mean expert load; 1: even.")
+    def __init__(self, per_layer: bool, registry: CollectorRegistry = REGISTRY) -> None:
+        def gauge(name: str, help_text: str, *labels: str) -> Gauge:
+            name = f"vllm:moe_routes_{name}"
+            # Several API servers of one engine all show what the one asked last was told.
+            return Gauge(name, help_text, labels, registry=registry, multiprocess_mode="mostrecent")
+
+        self.recording = gauge("recording", "1 while a recording of MoE routes runs.")
+        self.passes = gauge("passes", "Forward passes in the current or last recording.")
+        self.rows = gauge("rows", "Rows recorded: tokens x layers.")
+        self.dropped = gauge("dropped_rows", "Rows lost, for whatever cause.")
+        self.balance = gauge("max_over_mean", "Mean over layers of max/mean expert load; 1: even.")
         help_text = "max/mean expert load of a layer; 1: even."
-        self.layers = _gauge("layer_max_over_mean", help_text, "layer") if per_layer else None
+        self.layers = gauge("layer_max_over_mean", help_text, "layer") if per_layer else None
 
     def show(self, replies: list[dict[str, Any]]) -> None:
         """Take over what the workers say.

@@ -1,0 +1,190 @@
+"""From passes to the figures of ``overhead.json``. Pure: seconds in, ratios and intervals out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.cases import AA, MODES
+from expert_profiler import timing
+
+Pass = Mapping[str, Any]
+
+
+class Pair(NamedTuple):
+    """A pass in some mode and the baseline pass that ran next to it; see ``worker.Bench.run``."""
+
+    base: Pass
+    own: Pass
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles and every value, in the values' own unit."""
+    low, middle, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75])
+    return {
+        "median": float(middle),
+        "iqr": [float(low), float(high)],
+        "values": [float(value) for value in values],
+    }
+
+
+def first_token(item: Pass) -> float:
+    """Median over requests of the seconds to its first token."""
+    return float(np.median(item["ttft"]))
+
+
+def between_tokens(item: Pass) -> float:
+    """Median over engine steps of the seconds from one token to the next."""
+    return float(np.median(item["gaps"]))
+
+
+def wall(item: Pass) -> float:
+    return float(item["wall"])
+
+
+def generate(item: Pass) -> float:
+    return float(item["generate"])
+
+
+#: What is compared, by name: seconds of a pass, smaller is better.
+MEASURES = {
+    "wall": wall,
+    "generate": generate,
+    "ttft": first_token,
+    "inter_token": between_tokens,
+}
+
+
+def compare(mode: str, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """One mode of one case: the paired ratio of every measure, and what it was made from."""
+    ratios = {
+        name: timing.paired_ratio([get(p.base) for p in pairs], [get(p.own) for p in pairs])
+        for name, get in MEASURES.items()
+    }
+    seconds = {
+        name: {
+            "base": spread([get(p.base) for p in pairs]),
+            "own": spread([get(p.own) for p in pairs]),
+        }
+        for name, get in MEASURES.items()
+    }
+    known = MODES.get(mode)
+    target = known.target if known else None
+    ratio = ratios["wall"]["paired_ratio_median"]
+    return {
+        "mode": mode,
+        "ratios": ratios,
+        "seconds": seconds,
+        "rows": pairs[0].own["rows"],
+        "bytes": pairs[0].own["bytes"],
+        "target": target,
+        "meets_target": None if target is None else ratio <= target,
+    }
+
+
+def problems(name: str, pairs: Mapping[str, Sequence[Pair]], expected_rows: int) -> list[str]:
+    """Why a case's figures must not be trusted; empty where nothing stands against them.
+
+    Args:
+        name: of the case.
+        pairs: by mode.
+        expected_rows: a layer's rows of one pass.
+    """
+    found: list[str] = []
+    digests = {item["tokens"] for each in pairs.values() for pair in each for item in pair}
+    if len(digests) > 1:
+        found.append(f"{name}: {len(digests)} different outputs; recording must not change tokens")
+    for mode, each in pairs.items():
+        for pair in each:
+            own = pair.own
+            where = f"{name}, {mode}"
+            if own["verdict"] != "pass" or own["dropped"]:
+                found.append(f"{where}: verdict {own['verdict']}, {own['dropped']} dropped")
+            if own["rows"] % expected_rows or (own["rows"] == 0) != (not records(mode)):
+                found.append(f"{where}: {own['rows']} rows, {expected_rows} a layer expected")
+    return found
+
+
+def records(mode: str) -> bool:
+    """Whether a pass in this mode leaves rows."""
+    known = MODES.get(mode)
+    return known is not None and (known.recorder is not None or mode == "yardstick")
+
+
+def aa_holds(compared: Mapping[str, Any]) -> bool:
+    """Whether the interval of the baseline against itself holds 1."""
+    low, high = compared[AA]["ratios"]["wall"]["paired_ratio_ci95"]
+    return bool(low <= 1 <= high)
+
+
+def fit(rows: Sequence[float], steps: Sequence[float], seconds: Sequence[float]) -> dict[str, Any]:
+    """Least squares of seconds = a * steps + b * rows, rows = layers x tokens.
+
+    Returns:
+        ``seconds_per_step`` a, ``seconds_per_row`` b, and ``r2``, the share of the variance about
+        the mean that the two explain.
+    """
+    x = np.column_stack([np.asarray(steps, dtype=float), np.asarray(rows, dtype=float)])
+    y = np.asarray(seconds, dtype=float)
+    solution, *_ = np.linalg.lstsq(x, y, rcond=None)
+    left = float(((y - x @ solution) ** 2).sum())
+    total = float(((y - y.mean()) ** 2).sum())
+    return {
+        "seconds_per_step": float(solution[0]),
+        "seconds_per_row": float(solution[1]),
+        "r2": 1 - left / total if total else 1.0,
+        "points": [
+            {"rows": float(r), "steps": float(s), "seconds": float(t)}
+            for r, s, t in zip(rows, steps, seconds, strict=True)
+        ],
+    }
+
+
+def memory(record: Mapping[str, Any], allowance: int = 64 << 20) -> dict[str, Any]:
+    """The recorder's memory against its bound, and whether it grows.
+
+    ``recorder_bytes`` = buffer + most resident memory above the process's own;
+    ``bound_bytes`` = buffer + queue limit + ``allowance``. ``growth_bytes_per_minute`` is the slope
+    of a line through the second half of the samples, when queue and allocator have filled.
+
+    Args:
+        record: of ``synthetic.memory``.
+        allowance: bytes for everything that is neither buffer nor queue.
+    """
+    samples = np.asarray(record["samples"], dtype=float)
+    late = samples[len(samples) // 2 :]
+    slope = float(np.polyfit(late[:, 0], late[:, 1], 1)[0]) if len(late) > 1 else 0.0
+    used = record["buffer_bytes"] + max(0.0, float(samples[:, 1].max()))
+    bound = record["buffer_bytes"] + record["queue_bytes"] + allowance
+    return {
+        **record,
+        "recorder_bytes": used,
+        "bound_bytes": bound,
+        "within_bound": used <= bound,
+        "growth_bytes_per_minute": slope,
+    }
+
+
+def parts_per_step(profile: Mapping[str, Any], steps: int) -> dict[str, float]:
+    """Microseconds of the engine thread a step; ``hook ops`` + ``begin`` + ``end`` is all of it."""
+    parts = profile["parts"]
+    return {
+        name: parts[name]["seconds"] / steps * 1e6
+        for name in ("hook ops", "begin", "end", "snapshot", "count", "enqueue")
+        if name in parts
+    }
+
+
+def engine_seconds(profile: Mapping[str, Any]) -> float:
+    """CPU seconds that a pass's recording took from the engine's thread."""
+    parts = profile["parts"]
+    return float(
+        sum(parts[name]["seconds"] for name in ("hook ops", "begin", "end") if name in parts)
+    )
+
+
+def writer_seconds(profile: Mapping[str, Any]) -> float:
+    """CPU seconds of the writer thread in a pass."""
+    return float(profile["parts"].get("writer", {"seconds": 0.0})["seconds"])

@@ -1,0 +1,220 @@
+"""The figures of a comparison: pure on counts, after the logs are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_profiler import (
+    divergence,
+    figures,
+    metrics,
+    report_data,
+    resampling,
+    tokens,
+    topk_normalised,
+)
+from expert_profiler.errors import UserError
+from expert_profiler.gather import Gathered, gather
+from expert_profiler.reader import open_log
+
+SCHEMA = 1
+Array = npt.NDArray[Any]
+
+#: The figures that compare between any two models, with their names for people.
+NORMALISED = {
+    "topk_entropy_lack": "lack of entropy (0 even to 1)",
+    "topk_excess_peak": "excess peak (0 even to 1)",
+    "topk_gini": "Gini (0 even to 1)",
+    "topk_coefficient_of_variation": "coefficient of variation (0 even to 1)",
+}
+PLAIN = {
+    "entropy_bits": "entropy (bits)",
+    "normalised_entropy": "normalised entropy (0 to 1 = even)",
+    "effective_experts": "effective experts (experts)",
+    "max_over_mean": "max / mean (1 = even)",
+    "share_of_hottest_tenth": "share of the hottest tenth (0 to 1)",
+    "never_used": "never used (experts a layer)",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One log. requests: ``req_id`` by request index; left_out: rows in runs of identical rows."""
+
+    name: str
+    found: Gathered
+    requests: list[str]
+    facts: dict[str, Any]
+    verdict: dict[str, Any]
+    left_out: int = 0
+
+    def groups(self, phase: str) -> Array:
+        """[groups, layers, experts] choices of one phase, or of all."""
+        if phase == "all":
+            return self.found.layer_groups
+        if phase not in self.found.phases:
+            raise UserError(f"{self.name} has no {phase} rows; leave --phase out")
+        return np.asarray(self.found.by_group[:, :, self.found.phases.index(phase)])
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], int]:
+        return self.found.layers, self.found.num_experts
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Count one log; rows in long runs of identical rows are left out where others remain."""
+    with open_log(path, weights=True) as log:
+        left_out = log.contamination.rows
+        if left_out == log.num_rows:
+            left_out = 0
+        if left_out:
+            tokens.find_identical_runs(log)
+        found = gather(log, tokens.CLEAN if left_out else tokens.UNFLAGGED)
+        return Run(
+            name,
+            found,
+            tokens.request_names(log),
+            report_data.run_facts(log, found),
+            report_data.verdict(log),
+            left_out,
+        )
+
+
+def compared(runs: list[Run], phase: str = "all") -> dict[str, Any]:
+    """The content of ``compare.json``: each run, and each against the first."""
+    return {
+        "schema": SCHEMA,
+        "phase": phase,
+        "runs": [_described(run, phase) for run in runs],
+        "comparisons": [against(runs[0], run, phase) for run in runs[1:]],
+        "methods": {
+            "permutations": resampling.DRAWS,
+            "hottest": "the hottest tenth of the experts, at least one",
+        },
+    }
+
+
+def against(a: Run, b: Run, phase: str) -> dict[str, Any]:
+    """b beside a, expert by expert, on the layers that both have; only normalised otherwise."""
+    answer: dict[str, Any] = {"a": a.name, "b": b.name}
+    if a.found.num_experts != b.found.num_experts:
+        return answer | {
+            "expert_by_expert": False,
+            "why_not": f"{a.name} has {a.found.num_experts} experts a layer, {b.name} "
+            f"{b.found.num_experts}",
+        }
+    layers = [layer for layer in a.found.layers if layer in b.found.layers]
+    if not layers:
+        return answer | {"expert_by_expert": False, "why_not": "no layer is in both logs"}
+    one, two = (
+        run.groups(phase)[:, [run.found.layers.index(layer) for layer in layers]] for run in (a, b)
+    )
+    order = _pairing(a, b, one, two)
+    if order is not None:
+        two = two[order]
+    test = resampling.divergence_test(one, two, paired=order is not None)
+    p, q = one.sum(axis=0), two.sum(axis=0)
+    n = figures.hottest(a.found.num_experts)
+    return answer | {
+        "expert_by_expert": True,
+        "layers": layers,
+        "same_model": a.facts.get("model_id") == b.facts.get("model_id"),
+        "paired_by_request": test.paired,
+        "js_divergence_bits": test.observed,
+        "js_divergence_by_chance_bits": test.null_mean,
+        "js_divergence_by_chance_p95_bits": test.null_p95,
+        "p_value": test.p_value,
+        "mean_js_divergence_bits": test.mean_observed,
+        "mean_js_divergence_by_chance_bits": test.mean_null,
+        "mean_p_value": test.mean_p_value,
+        "layers_that_differ": [
+            layer for layer, value in zip(layers, test.p_value, strict=True) if value <= 0.05
+        ],
+        "rank_correlation": [divergence.rank_correlation(x, y) for x, y in zip(p, q, strict=True)],
+        "hottest": n,
+        "top_overlap": [divergence.top_overlap(x, y, n) for x, y in zip(p, q, strict=True)],
+        "load_difference": divergence.share_difference(p, q),
+    }
+
+
+def _pairing(a: Run, b: Run, one: Array, two: Array) -> list[int] | None:
+    """Where both logs have the same request ids, the row of b for each row of a."""
+    names = a.requests
+    grouped = len(one) != len(names) or len(two) != len(b.requests)
+    if grouped or len(set(names)) < len(names) or set(names) != set(b.requests):
+        return None
+    place = {name: number for number, name in enumerate(b.requests)}
+    return [place[name] for name in names]
+
+
+def coverage_by_fraction(run: Run, phase: str, fractions: Array) -> Array:
+    """The mean over layers of ``topk_normalised.coverage_at``. [fractions] float64, 0 to 1."""
+    counts = run.groups(phase).sum(axis=0)
+    curves = [topk_normalised.coverage_at(row, fractions) for row in counts if row.any()]
+    return np.asarray(np.mean(curves, axis=0))
+
+
+def _described(run: Run, phase: str) -> dict[str, Any]:
+    counts = run.groups(phase).sum(axis=0)
+    entries = [
+        {"layer": layer, "all": figures.of_counts(row, top_k)}
+        for layer, row, top_k in zip(run.found.layers, counts, run.found.top_k, strict=True)
+    ]
+    groups = run.groups(phase)
+    return {
+        "name": run.name,
+        "verdict": run.verdict,
+        "run": run.facts,
+        "rows_in_identical_runs_left_out": run.left_out,
+        "mean_over_layers": figures.mean_over_layers(entries),
+        "normalised_entropy_ci95": resampling.bootstrap_interval(
+            groups, figures.layer_mean(metrics.normalised_entropy), bounds=(0, 1)
+        ),
+        "layers": entries,
+    }
+
+
+def table(data: dict[str, Any]) -> str:
+    """The console's summary: one column a run, then one line a comparison."""
+    runs = data["runs"]
+    rows: list[tuple[str, list[str]]] = [
+        ("", [run["name"] for run in runs]),
+        ("verdict", [run["verdict"]["verdict"] for run in runs]),
+        ("layers x experts, top-k", [_shape(run["run"]) for run in runs]),
+        ("rows", [f"{run['run']['rows']:,}" for run in runs]),
+    ]
+    for name, label in (PLAIN | NORMALISED).items():
+        prefix = "top-k-normalised " if name in NORMALISED else ""
+        values = [run["mean_over_layers"].get(name, math.nan) for run in runs]
+        rows.append((prefix + label, ["-" if math.isnan(v) else f"{v:.4g}" for v in values]))
+    first = max(len(label) for label, _ in rows) + 2
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(runs))]
+    lines = [
+        label.ljust(first) + "  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True))
+        for label, cells in rows
+    ]
+    return "\n".join([*lines, *(sentence(found) for found in data["comparisons"])])
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """One comparison in one sentence."""
+    pair = f"{found['b']} against {found['a']}"
+    if not found["expert_by_expert"]:
+        return f"{pair}: not expert by expert, as {found['why_not']}"
+    differ, layers = len(found["layers_that_differ"]), len(found["layers"])
+    return (
+        f"{pair}: Jensen-Shannon divergence {found['mean_js_divergence_bits']:.3g} bits, "
+        f"{found['mean_js_divergence_by_chance_bits']:.3g} by chance (p = "
+        f"{found['mean_p_value']:.3g}); {differ} of {layers} layers differ at p <= 0.05"
+    )
+
+
+def _shape(run: dict[str, Any]) -> str:
+    top_k = "/".join(map(str, run["top_k"]))
+    return f"{len(run['layers'])} x {run['experts']}, {top_k}"

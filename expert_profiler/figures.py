@@ -1,0 +1,313 @@
+"""Every figure of a report as one dictionary, ready for JSON. Pure: counts in, numbers out.
+
+Figures of "all layers" are means over layers of the layer's own figure. Adding up the counts of
+layers evens out what single layers do, because experts of one id in two layers are unrelated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expert_profiler import (
+    coactivation,
+    metrics,
+    placement,
+    resampling,
+    reuse,
+    token_types,
+    topk_normalised,
+)
+from expert_profiler.divergence import js_divergence_bits
+from expert_profiler.gather import Gathered
+from expert_profiler.metrics import Counts1D
+
+EP_SIZES = (2, 4, 8, 16, 32, 64)
+KEY_RANKS = 8
+TOP_SHARE = 0.10  # "the hottest tenth" of the experts
+
+Array = npt.NDArray[Any]
+
+
+def hottest(num_experts: int) -> int:
+    """How many experts are the hottest tenth: at least one."""
+    return max(1, round(TOP_SHARE * num_experts))
+
+
+def of_counts(counts: Counts1D, top_k: int) -> dict[str, float]:
+    """Every figure of one distribution. counts: [experts] of a layer with this top_k."""
+    tenth = hottest(len(counts))
+    figures = {
+        "choices": float(counts.sum()),
+        "entropy_bits": metrics.entropy_bits(counts) if counts.any() else math.nan,
+        "normalised_entropy": metrics.normalised_entropy(counts) if counts.any() else math.nan,
+        "effective_experts": metrics.effective_experts(counts) if counts.any() else math.nan,
+        "gini": metrics.gini(counts),
+        "max_over_mean": metrics.max_over_mean(counts),
+        "coefficient_of_variation": metrics.coefficient_of_variation(counts),
+        "share_of_hottest_tenth": metrics.share_of_top(counts, tenth),
+        "experts_to_cover_half": float(metrics.experts_to_cover(counts, 0.5)),
+        "never_used": float(len(metrics.never_used(counts))),
+    }
+    if top_k:
+        figures |= {
+            "topk_entropy_lack": topk_normalised.entropy_lack(counts, top_k),
+            "topk_excess_peak": topk_normalised.excess_peak(counts, top_k),
+            "topk_gini": topk_normalised.gini(counts, top_k),
+            "topk_coefficient_of_variation": topk_normalised.coefficient_of_variation(
+                counts, top_k
+            ),
+        }
+    return figures
+
+
+def by_layer(found: Gathered) -> list[dict[str, Any]]:
+    """One entry a layer: its figures over all rows and by phase."""
+    entries = []
+    for number, (layer, top_k) in enumerate(zip(found.layers, found.top_k, strict=True)):
+        entry: dict[str, Any] = {
+            "layer": layer,
+            "top_k": top_k,
+            "rows": int(found.rows[number].sum()),
+            "all": of_counts(found.per_layer[number], top_k),
+        }
+        for p, phase in enumerate(found.phases):
+            entry[phase] = of_counts(found.counts[number, p], top_k)
+        entry["next_token_reuse"] = reuse_of(found, number)
+        entry["coactivation_bits"] = coactivation.pair_information_bits(found.pairs[number])
+        entry["coactivation_chance_bits"] = coactivation.pair_chance_bits(found.pairs[number])
+        if number < len(found.transitions):
+            entry["transition_bits"] = token_types.mutual_information_bits(
+                found.transitions[number]
+            )
+            entry["transition_chance_bits"] = token_types.chance_bits(found.transitions[number])
+        entries.append(entry)
+    return entries
+
+
+def reuse_of(found: Gathered, number: int) -> dict[str, float]:
+    """Next-token reuse of one layer: by phase, beside what popularity alone and even use give."""
+    top_k = found.top_k[number]
+    if not top_k:
+        return {}
+    rows = int(found.rows[number].sum())
+    answer = {
+        phase: float(found.shared[number, p]) / (top_k * float(n)) if n else math.nan
+        for p, (phase, n) in enumerate(zip(found.phases, found.neighbours[number], strict=True))
+    }
+    pairs = float(found.neighbours[number].sum())
+    answer["all"] = float(found.shared[number].sum()) / (top_k * pairs) if pairs else math.nan
+    answer["chance"] = reuse.chance_reuse(found.per_layer[number], rows)
+    answer["even"] = reuse.even_reuse(found.num_experts, top_k)
+    return answer
+
+
+def mean_over_layers(entries: list[dict[str, Any]], part: str = "all") -> dict[str, float]:
+    """The mean of every figure over the layers that have it; counts of choices are added."""
+    values = [entry[part] for entry in entries if part in entry]
+    names = list(dict.fromkeys(name for figures in values for name in figures))
+    answer = {}
+    for name in names:
+        known = [f[name] for f in values if name in f and not math.isnan(f[name])]
+        if name == "choices":
+            answer[name] = sum(known)
+        else:
+            answer[name] = sum(known) / len(known) if known else math.nan
+    return answer
+
+
+# ---- figures of [layers, experts] counts, for resampling ---------------------------------------
+
+
+def layer_mean(figure: Callable[[Counts1D], float]) -> Callable[[Array], float]:
+    """The mean over layers with counts of ``figure``: [layers, experts] -> one number."""
+
+    def mean(counts: Array) -> float:
+        values = [figure(row) for row in counts if row.any()]
+        return float(np.mean(values)) if values else math.nan
+
+    return mean
+
+
+def effective_share(counts: Counts1D) -> float:
+    """2^H / experts. No unit, 1/experts (one takes all) to 1 (even)."""
+    return metrics.effective_experts(counts) / len(counts)
+
+
+def tenth_share(counts: Counts1D) -> float:
+    """``metrics.share_of_top`` of the hottest tenth. No unit, 0.1 (about; even) to 1."""
+    return metrics.share_of_top(counts, hottest(len(counts)))
+
+
+def key_figures(found: Gathered, parallel: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The five figures that matter, each with unit, range, formula and 95% interval."""
+    groups, experts = found.layer_groups, found.num_experts
+    tenth = hottest(experts)
+
+    def interval(figure: Callable[[Counts1D], float], low: float, high: float) -> list[float]:
+        return list(resampling.bootstrap_interval(groups, layer_mean(figure), bounds=(low, high)))
+
+    per_layer = found.per_layer
+    dead = int((per_layer == 0).sum())
+    ranks = key_ranks(experts)
+    answer = [
+        {
+            "name": "effective experts",
+            "value": 100 * layer_mean(effective_share)(per_layer),
+            "unit": "% of the experts",
+            "ci95": [100 * x for x in interval(effective_share, 1 / experts, 1)],
+            "range": f"{100 / experts:.3g} (one expert takes all) to 100 (even use)",
+            "formula": "2^H / experts, H = entropy of a layer's choices in bits; mean over layers",
+        },
+        {
+            "name": "load of the hottest tenth",
+            "value": 100 * layer_mean(tenth_share)(per_layer),
+            "unit": "% of the choices",
+            "ci95": [100 * x for x in interval(tenth_share, 0, 1)],
+            "range": f"{100 * tenth / experts:.3g} (even use) to 100",
+            "formula": f"choices of a layer's {tenth} busiest of {experts} experts / all choices; "
+            "mean over layers",
+        },
+        {
+            "name": "never used",
+            "value": float(dead),
+            "unit": f"of {per_layer.size:,} experts of all layers",
+            "ci95": None,
+            "range": f"0 to {per_layer.size:,}",
+            "formula": "experts with no choice, counted in each layer and added up",
+        },
+        _phase_figure(found),
+    ]
+    if ranks:
+        linear, spread = (
+            next(e for e in parallel if e["ranks"] == ranks and e["placement"] == name)
+            for name in ("linear", "greedy with copies")
+        )
+        rank_of = placement.linear(experts, ranks)
+
+        def balance(counts: Counts1D) -> float:
+            return float(placement.balance(placement.rank_loads(counts, rank_of, ranks)))
+
+        answer.append(
+            {
+                "name": f"balance over {ranks} ranks",
+                "value": 100 * linear["balance"],
+                "unit": f"% ({100 * spread['balance']:.3g}% with {spread['copies']} copies of hot "
+                "experts)",
+                "ci95": [100 * x for x in interval(balance, 1 / ranks, 1)],
+                "range": f"{100 / ranks:.3g} (one rank does all) to 100 (even)",
+                "formula": "mean / max of the ranks' choices, experts in linear order; "
+                "mean over layers",
+            }
+        )
+    return answer
+
+
+def key_ranks(num_experts: int) -> int:
+    """The EP size of the key figure: 8, or the largest offered one that fewer experts allow."""
+    return max((n for n in EP_SIZES if n <= min(KEY_RANKS, num_experts)), default=0)
+
+
+def _phase_figure(found: Gathered) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "name": "prefill against decode",
+        "unit": "bits",
+        "range": "0 (the same) to 1 (no expert in common)",
+        "formula": "Jensen-Shannon divergence of a layer's choices in prefill and in decode; "
+        "mean over layers",
+        "value": math.nan,
+        "ci95": None,
+    }
+    if not {"prefill", "decode"} <= set(found.phases):
+        return answer
+    places = [found.phases.index("prefill"), found.phases.index("decode")]
+
+    def distance(counts: Array) -> float:
+        bits = js_divergence_bits(counts[:, 0], counts[:, 1])
+        return float(np.nanmean(bits)) if not np.isnan(bits).all() else math.nan
+
+    groups = found.by_group[:, :, places]
+    answer["value"] = distance(groups.sum(axis=0))
+    answer["ci95"] = list(resampling.bootstrap_interval(groups, distance, bounds=(0, 1)))
+    floor = phase_floor(found)
+    if not math.isnan(floor):
+        answer["unit"] = f"bits (two halves of one phase: {floor:.2g})"
+    return answer
+
+
+def phase_divergence(found: Gathered) -> Array:
+    """[layers] float64 bits: Jensen-Shannon divergence of prefill and decode."""
+    return js_divergence_bits(found.phase("prefill"), found.phase("decode"))
+
+
+def phase_floor(found: Gathered) -> float:
+    """What sampling alone gives at most: the divergence of two halves of the requests in one phase.
+
+    Of the phase with fewer choices, every second request against the others, mean over layers; each
+    half is smaller than either phase, so this is above the true floor. NaN below 2 requests.
+    """
+    if not {"prefill", "decode"} <= set(found.phases) or len(found.by_group) < 2:
+        return math.nan
+    places = [found.phases.index("prefill"), found.phases.index("decode")]
+    smaller = min(places, key=lambda p: int(found.counts[:, p].sum()))
+    halves = [found.by_group[half::2, :, smaller].sum(axis=0) for half in (0, 1)]
+    bits = js_divergence_bits(*halves)
+    return float(np.nanmean(bits)) if not np.isnan(bits).all() else math.nan
+
+
+# ---- expert parallelism ------------------------------------------------------------------------
+
+
+def expert_parallel(found: Gathered) -> list[dict[str, Any]]:
+    """Balance of each EP size and placement: mean over layers, and the worst layer.
+
+    The two fixed placements need no counts. The greedy ones are planned on every second request and
+    measured on the others, as a plan is made on yesterday's traffic; with one request, on itself.
+    """
+    groups = found.layer_groups
+    alone = len(groups) < 2
+    plan_on = groups[0::2].sum(axis=0)
+    measure_on = plan_on if alone else groups[1::2].sum(axis=0)
+    answer = []
+    for ranks in EP_SIZES:
+        if ranks > found.num_experts:
+            break
+        answer += [
+            _balance(found.per_layer, ranks, "linear", placement.linear(found.num_experts, ranks)),
+            _balance(
+                found.per_layer,
+                ranks,
+                "round robin",
+                placement.round_robin(found.num_experts, ranks),
+            ),
+        ]
+        extra = placement.fewest_extra(found.num_experts, ranks)
+        for name, copies in (("greedy", extra - ranks), ("greedy with copies", extra)):
+            balances = []
+            for layer in range(len(found.layers)):
+                if plan_on[layer].any() and measure_on[layer].any():
+                    plan = placement.replicated(plan_on[layer], ranks, copies)
+                    balances.append(float(placement.balance(plan.loads(measure_on[layer]))))
+            answer.append(
+                _entry(ranks, name, balances)
+                | {"copies": copies, "planned_on_other_requests": not alone}
+            )
+    return answer
+
+
+def _balance(counts: Array, ranks: int, name: str, rank_of: Any) -> dict[str, Any]:
+    balances = placement.balance(placement.rank_loads(counts, rank_of, ranks))
+    return _entry(ranks, name, balances[~np.isnan(balances)].tolist()) | {"copies": 0}
+
+
+def _entry(ranks: int, name: str, balances: list[float]) -> dict[str, Any]:
+    return {
+        "ranks": ranks,
+        "placement": name,
+        "balance": float(np.mean(balances)) if balances else math.nan,
+        "worst_layer": min(balances, default=math.nan),
+    }
