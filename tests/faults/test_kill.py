@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,33 @@ def test_a_signal_that_ends_the_process_ends_the_log(
         executed = max(told[-1][1], held)
         note(Row(f"{how.name} of the recorder", 1, executed, held, held, lost(end)))
         assert end["self_check"]["checks"][0]["verdict"] == "pass"
+
+
+def test_a_worker_stuck_in_a_collective_still_ends_its_log(tmp_path: Path) -> None:
+    """vLLM's SIGTERM never reaches its main thread, and SIGKILL comes a second later."""
+    log = tmp_path / "x.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.stuck", str(log), str(tmp_path / "store")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    line = next(line for line in process.stdout if line.split()[0].isdigit())
+    worker, executed = map(int, line.split())
+    time.sleep(2)  # until it waits
+    os.kill(worker, signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while end_of(log) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    end = end_of(log)
+    handled = log.with_name("x.jsonl.handled").exists()
+    process.stdin.close()
+    process.wait(60)
+    assert not handled, "the handler ran: this test shows nothing"
+    assert end is not None and end["reason"] == "shutdown"
+    held = routes_in(log)
+    note(Row("SIGTERM of a worker stuck in a collective", 1, executed, held, held, lost(end)))
+    assert end["passes_unfinished"] == 1, "the pass that it was stuck in"

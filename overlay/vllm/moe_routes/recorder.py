@@ -2,6 +2,7 @@
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
 import atexit
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
-from vllm.moe_routes import capture, layers, provenance, support
+from vllm.moe_routes import capture, goodbye, layers, provenance, support
 from vllm.moe_routes import config as config_module
 from vllm.moe_routes.clock import CLOCKS
 from vllm.moe_routes.config import RouteLogConfig
@@ -33,6 +34,9 @@ logger = init_logger(__name__)
 #: Closing must fit into the five seconds that vLLM gives a worker to shut down.
 SHUTDOWN_SECONDS = 4.0
 STOP_SECONDS = 300.0
+#: How long a worker that was told to go has to close its recording in the ordinary way. vLLM sends
+#: a worker process SIGTERM as late as a second before SIGKILL.
+GOODBYE_SECONDS = 0.3
 
 
 def attach(runner: Any) -> "Recorder | None":
@@ -121,6 +125,8 @@ class Recorder:
         self._taps_stay = False
         if self._layers:
             self._arm(runner, modules, len(found))
+        if self._layers:
+            goodbye.watch(self._told_to_go)
         if config.autostart and config.path is not None:
             self.start()
 
@@ -174,7 +180,7 @@ class Recorder:
         """Note what a step starts and ends. Also called for steps without a forward pass."""
         if self._active and self._recording is not None:
             if self._recording.over:
-                self._end_at_bound()
+                self._end_by_itself()
             else:
                 self._recording.begin(scheduler_output)
 
@@ -326,14 +332,21 @@ class Recorder:
         if not result["ok"]:
             logger.error("MoE route log: %s", result["error"])
 
-    def _end_at_bound(self) -> None:
-        """The file is full: its recording is over, and this pass is not part of it."""
-        result = self.control("stop", reason="max_bytes", timeout=0)
+    def _end_by_itself(self) -> None:
+        """The recording is over, at its bound or by a signal: this pass is not part of it."""
+        result = self.control("stop", reason="over", timeout=0)
         self._ended_itself = True
-        logger.info(
-            "MoE route log %s ended at VLLM_LOG_MOE_MAX_BYTES; generation goes on",
-            result.get("path"),
-        )
+        logger.info("MoE route log %s has ended; generation goes on", result.get("path"))
+
+    def _told_to_go(self) -> None:
+        """The process got SIGTERM. Runs on a thread of its own; the engine's may be stuck."""
+        recording = self._recording
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        while self._active and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self._active and recording is not None and recording is self._recording:
+            logger.warning("This worker is told to go and does not: its MoE route log is closed")
+            recording.close_early("shutdown")
 
     # ---- inside ----------------------------------------------------------------------------
 

@@ -154,6 +154,9 @@ class Recording:
         """Whether the recording ended by itself, at a bound."""
         return False
 
+    def close_early(self, reason: str) -> None:
+        """End the recording from another thread, while the engine's is stuck in a pass, or not."""
+
     @property
     def closed(self) -> bool:
         """Whether everything is written and the file closed."""
@@ -258,7 +261,11 @@ class _FileRecording(Recording):
 
     @property
     def over(self) -> bool:
-        return self._sink.over
+        return self._sink.over or self._writer.closing
+
+    def close_early(self, reason: str) -> None:
+        self._sink.passes_unfinished = self.passes_unfinished + self._in_pass
+        self._writer.close(reason, 0)
 
     def begin(self, scheduler_output: Any) -> None:
         super().begin(scheduler_output)

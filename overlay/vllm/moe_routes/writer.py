@@ -84,6 +84,11 @@ class Writer:
         return len(self._steps)
 
     @property
+    def closing(self) -> bool:
+        """Whether it was told to close."""
+        return self._closing is not None
+
+    @property
     def closed(self) -> bool:
         """Whether the end record is written, or the file given up."""
         return not self._thread.is_alive()
@@ -93,9 +98,12 @@ class Writer:
         size = step.pending.nbytes if step.pending is not None else 0
         with self._changed:
             if self._block:
-                self._changed.wait_for(lambda: self._has_room(size))
+                self._changed.wait_for(lambda: self._has_room(size) or self.closing)
             elif not self._has_room(size):
                 step, size = step._replace(pending=None), 0
+            if self._closing is not None:
+                self._sink.lose(step)  # closed early, while this pass ran
+                return
             self._steps.append(step)
             self._waiting_bytes += size
             self._changed.notify_all()

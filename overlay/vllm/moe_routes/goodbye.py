@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notice that a worker is told to go, though its main thread can't.
+
+Python runs signal handlers on the main thread, between two of its instructions. A worker that waits
+in a collective for a rank that has gone already never gets there: vLLM's SIGTERM stays without
+effect, and SIGKILL follows. The interpreter's wake-up descriptor is written to at once.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def watch(on_signal: Callable[[], None]) -> bool:
+    """Call ``on_signal`` on a thread of its own when this process gets SIGTERM or SIGINT.
+
+    Handlers stay as they are. Only in processes that vLLM started: a user's own process keeps its
+    wake-up descriptor, which asyncio may want, and is not killed seconds later.
+
+    Returns:
+        Whether it is watched.
+    """
+    is_child = multiprocessing.parent_process() is not None
+    if not is_child or threading.current_thread() is not threading.main_thread():
+        return False
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if before != -1:  # somebody else's
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
+        return False
+    arguments = (reader, on_signal)
+    threading.Thread(target=_run, args=arguments, name="moe-routes-goodbye", daemon=True).start()
+    return True
+
+
+def _run(reader: int, on_signal: Callable[[], None]) -> None:
+    while numbers := os.read(reader, 64):
+        if _SIGNALS.intersection(numbers):
+            on_signal()
