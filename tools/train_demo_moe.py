@@ -35,9 +35,11 @@ WORK = REPO / ".cache" / "demo-training"
 FACTS = "training.json"
 #: Tokens of a training sequence, of which the first part of the training sees halves.
 BLOCK = 512
+CURVE_BLOCKS = 40
 SAVE_EVERY, JUDGE_EVERY, REPORT_EVERY = 200, 200, 20
 
 Tokens = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ class Settings:
     shared_intermediate: int = 128
     vocabulary: int = tokens.VOCABULARY
     max_positions: int = 1024
-    steps: int = 1800
+    steps: int = 1700
     blocks: int = 4
-    halves: float = 0.8
+    halves: float = 0.85
     learning_rate: float = 3e-3
     warmup: int = 100
     horizon: int = 2500
-    cooldown: int = 400
+    cooldown: int = 300
     weight_decay: float = 0.1
     balance: float = 0.01
     seed: int = 8
@@ -182,10 +184,15 @@ def batch(data: Tokens, step: int, settings: Settings) -> Tokens:
     return data[starts[:, None] + np.arange(length + 1)]
 
 
+def curve_tokens(tokenizer: Any, text: Corpus) -> Tokens:
+    """The held-out tokens that the curve is made with: the first blocks of the library's."""
+    return stream(tokenizer, text.held_out["library"])[: CURVE_BLOCKS * BLOCK + 1]
+
+
 # ---- judging --------------------------------------------------------------------------------
 
 
-def nats_of(model: Any, data: Tokens) -> npt.NDArray[np.float64]:
+def nats_of(model: Any, data: Tokens) -> Floats:
     """Cross-entropy of every token but the first of each block, [n] in nats."""
     import torch
 
@@ -195,6 +202,20 @@ def nats_of(model: Any, data: Tokens) -> npt.NDArray[np.float64]:
     with torch.inference_mode():
         parts = [losses(model, part)[0].double().flatten() for part in rows.split(4)]
     return np.asarray(torch.cat(parts).numpy(), np.float64)
+
+
+def baseline_bits(data: Tokens, judged: Tokens, vocabulary: int) -> dict[str, Floats]:
+    """Bits of each of ``judged[2:]`` by the baselines, counted on ``data``."""
+    return {
+        "trigram": -np.log2(ngrams.trigram(data, judged, vocabulary)),
+        "unigram": -np.log2(ngrams.unigram(data, vocabulary)[judged[2:]]),
+    }
+
+
+def curve_baselines(data: Tokens, held: Tokens, vocabulary: int) -> dict[str, float]:
+    """The baselines' mean bits a token on the very tokens of the curve."""
+    bits = baseline_bits(data, held, vocabulary)
+    return {name: float(values.mean()) for name, values in bits.items()}
 
 
 def judge(model: Any, tokenizer: Any, data: Tokens, text: Corpus) -> dict[str, Any]:
@@ -212,8 +233,7 @@ def judge(model: Any, tokenizer: Any, data: Tokens, text: Corpus) -> dict[str, A
         size = int(lengths[judged[2:]].sum())
         bits = {
             "model": nats_of(model, held)[1:] / math.log(2),
-            "trigram": -np.log2(ngrams.trigram(data, judged, vocabulary)),
-            "unigram": -np.log2(ngrams.unigram(data, vocabulary)[judged[2:]]),
+            **baseline_bits(data, judged, vocabulary),
         }
         result[kind] = {
             "documents": len(documents),
@@ -337,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     documents = text.training_documents()
     tokenizer = tokens.train_tokenizer(documents, settings.vocabulary)
     data = training_tokens(tokenizer, text, settings.seed)
-    held = stream(tokenizer, text.held_out["library"])[: 40 * BLOCK + 1]
+    held = curve_tokens(tokenizer, text)
     print(f"{len(documents)} documents, {len(data):,} tokens, text {text.sha256[:12]}")
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -360,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": args.threads,
         # Judged in float32 on the weights as they were written, in bfloat16.
         "held_out": judge(model.float(), tokenizer, data, text),
+        "curve_baselines": curve_baselines(data, held, settings.vocabulary),
         **curve,
     }
     write_json(args.out / FACTS, facts)

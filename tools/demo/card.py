@@ -211,7 +211,7 @@ def how_it_was_made(facts: Mapping[str, Any]) -> list[str]:
             f"- {s['steps']:,} steps of {s['blocks'] * 512:,} tokens, {facts['tokens_seen']:,} in "
             f"all; AdamW, learning rate {s['learning_rate']:g}, seed {s['seed']}; the "
             f"architecture's load-balancing loss with coefficient {s['balance']:g}; sequences of "
-            "256 tokens, in the last quarter of 512.",
+            f"256 tokens, after {s['halves']:.0%} of the steps of 512.",
             f"- {facts['seconds'] / 60:.0f} minutes on {threads} of a machine with two CPU cores "
             f"that did other work too; torch {facts['torch']}.",
         ),
@@ -281,11 +281,11 @@ def draw_curve(path: Path, facts: Mapping[str, Any]) -> None:
         color="C0",
         marker="o",
         ms=3,
-        label="held-out library",
+        label="part of the held-out library",
     )
     for name, style in (("unigram", ":"), ("trigram", "--")):
-        value = facts["held_out"]["library"][name]["bits_per_token"]
-        axes.axhline(value, color="black", lw=0.9, ls=style, label=f"{name} on held-out library")
+        value = facts["curve_baselines"][name]
+        axes.axhline(value, color="black", lw=0.9, ls=style, label=f"{name}, same held-out text")
     axes.set(xlabel="tokens seen, millions", ylabel="bits a token", xlim=(0, None))
     axes.set_title("The model learns more than runs of three tokens", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
