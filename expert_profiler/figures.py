@@ -245,7 +245,7 @@ def phase_divergence(found: Gathered) -> Array:
 
 
 def phase_floor(found: Gathered) -> float:
-    """What sampling alone gives at most: the divergence of two halves of the requests in one phase.
+    """What chance gives at most: the divergence of two halves of the requests in one phase.
 
     Of the phase with fewer choices, every second request against the others, mean over layers; each
     half is smaller than either phase, so this is above the true floor. NaN below 2 requests.
