@@ -188,8 +188,8 @@ def _evenness(data: dict[str, Any], found: Gathered) -> Html:
             f"Prefill and decode differ by {np.nanmean(bits):.3g} bits on average (Jensen-Shannon; "
             f"0 the same, 1 disjoint), most in layer {found.layers[most]} ({bits[most]:.3g}). "
             "Two halves of the requests in one phase differ by "
-            f"{number(data['prefill_decode_divergence_floor_bits'], 3)}, with no phase to tell them "
-            "apart: a difference below that means nothing."
+            f"{number(data['prefill_decode_divergence_floor_bits'], 3)}, with no phase to tell "
+            "them apart: a difference below that means nothing."
         )
     figures_of = data["mean_over_layers"]
     names = [
