@@ -13,6 +13,8 @@ from vllm.moe_routes.rows import RowTable
 
 #: A part is closed at this many rows, if no flush closes it earlier.
 PART_ROWS = 1 << 20
+#: Or at this size of the waiting ids and weights: making a part takes about five times as much.
+PART_BYTES = 12 << 20
 
 
 def _dataset() -> Any:
@@ -61,7 +63,7 @@ class ParquetLog:
         self._weight_type = np.dtype(weights)
         self._passes: list[_Pass] = []
         self._requests: list[dict[str, Any]] = []
-        self._rows = 0
+        self._rows = self._bytes = 0
         try:
             self._parts = self._dataset.PartWriter(path, self._columns, header)
         except FileExistsError:
@@ -101,7 +103,8 @@ class ParquetLog:
             )
         )
         self._rows += len(ids)
-        if self._rows >= PART_ROWS:
+        self._bytes += self._passes[-1].topk_ids.nbytes + self._passes[-1].topk_weights.nbytes
+        if self._rows >= PART_ROWS or self._bytes >= PART_BYTES:
             self.flush()
 
     def write_request(self, record: dict[str, Any]) -> None:
@@ -122,7 +125,7 @@ class ParquetLog:
         self._parts.write(self._table(), self._requests, end)
         self._passes.clear()
         self._requests = []
-        self._rows = 0
+        self._rows = self._bytes = 0
 
     def _table(self) -> Any:
         """The waiting rows as a table of ``self._columns``."""
