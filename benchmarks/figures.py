@@ -146,16 +146,17 @@ def memory(record: Mapping[str, Any], allowance: int = 64 << 20) -> dict[str, An
     """The recorder's memory against its bound, and whether it grows.
 
     ``recorder_bytes`` = buffer + most resident memory above the process's own;
-    ``bound_bytes`` = buffer + queue limit + ``allowance``. ``growth_bytes_per_minute`` is the slope
-    of a line through the second half of the samples, when queue and allocator have filled.
+    ``bound_bytes`` = buffer + queue limit + ``allowance``. ``growth_bytes`` is what a line through
+    the second half of the samples, when queue and allocator have filled, gains over that half.
 
     Args:
-        record: of ``synthetic.memory``.
+        record: of ``synthetic.memory`` or ``synthetic.worst_memory``.
         allowance: bytes for everything that is neither buffer nor queue.
     """
     samples = np.asarray(record["samples"], dtype=float)
     late = samples[len(samples) // 2 :]
     slope = float(np.polyfit(late[:, 0], late[:, 1], 1)[0]) if len(late) > 1 else 0.0
+    span = float(late[-1, 0] - late[0, 0])
     used = record["buffer_bytes"] + max(0.0, float(samples[:, 1].max()))
     bound = record["buffer_bytes"] + record["queue_bytes"] + allowance
     return {
@@ -163,7 +164,7 @@ def memory(record: Mapping[str, Any], allowance: int = 64 << 20) -> dict[str, An
         "recorder_bytes": used,
         "bound_bytes": bound,
         "within_bound": used <= bound,
-        "growth_bytes_per_minute": slope,
+        "growth_bytes": slope * span,
     }
 
 

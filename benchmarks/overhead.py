@@ -107,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"kept       {folder}", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+    record["quick"] = args.quick
     record["provenance"] = provenance(model, args, time.monotonic() - progress.started)
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     (args.out / RECORD).write_text(text, encoding="utf-8")
     save_png(plot.overhead_figure(record), args.out / PLOT)
-    return tell(record, args.out, args.quick)
+    return tell(record, args.out)
 
 
 def measure(plan: Plan, pairs: int, model: str, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -271,7 +272,8 @@ def writer_alone(plan: Plan, folder: Path) -> dict[str, Any]:
         last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         raise UserError(f"the writer's bench failed: {last[0]}; is the patch applied?")
     record: dict[str, Any] = json.loads(done.stdout)
-    record["memory"] = figures.memory(record["memory"])
+    for name in ("memory", "worst_memory"):
+        record[name] = figures.memory(record[name])
     return record
 
 
@@ -298,7 +300,7 @@ def provenance(model: str, args: argparse.Namespace, seconds: float) -> dict[str
     }
 
 
-def tell(record: Mapping[str, Any], out: Path, quick: bool) -> int:
+def tell(record: Mapping[str, Any], out: Path) -> int:
     """Print the report; the exit code is 1 when its figures can't be trusted."""
     print(report.table(record))
     print()
@@ -310,11 +312,11 @@ def tell(record: Mapping[str, Any], out: Path, quick: bool) -> int:
             f"FAILED     A/A {report.ratio_text(ratio)} does not hold 1: the machine was not "
             "steady; let it rest and run again"
         )
-    if quick:
+    if record["quick"]:
         print("note       --quick shows that every part runs; its figures mean nothing")
     print(f"wrote      {out / RECORD}, {out / PLOT} in {record['provenance']['seconds']:.0f} s")
     print("next       look at overhead.png; docs/overhead.md says how to read it")
-    steady = record["aa_interval_holds_1"] or quick
+    steady = record["aa_interval_holds_1"] or record["quick"]
     return 0 if steady and not record["problems"] else 1
 
 

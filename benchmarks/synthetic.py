@@ -196,6 +196,11 @@ def sustained(path: Path, seconds: float) -> dict[str, Any]:
     }
 
 
+def worst_memory(path: Path, rows: float) -> dict[str, Any]:
+    """Resident memory with DeepSeek-V3's shape, the queue full all the time."""
+    return fill(path, Shape(LAYERS, EXPERTS, TOP_K, BATCH), rows, BATCH * LAYERS * 20)
+
+
 def memory(path: Path, minutes: float) -> dict[str, Any]:
     """Resident memory over simulated minutes of the headline case's load.
 
@@ -203,31 +208,42 @@ def memory(path: Path, minutes: float) -> dict[str, Any]:
     fast as the writer takes them, the queue full all the time. What could grow with time does so:
     passes, requests, parts, flushes.
     """
+    shape = Shape(MEMORY_LAYERS, MEMORY_EXPERTS, MEMORY_TOP_K, MEMORY_BATCH)
+    a_minute = 60 * MEMORY_STEPS * shape.rows
+    record = fill(path, shape, minutes * a_minute, a_minute / 6)
+    record["samples"] = [[rows / a_minute, used] for rows, used in record["samples"]]
+    return {**record, "simulated_minutes": minutes}
+
+
+def fill(path: Path, shape: Shape, rows: float, sample_rows: float) -> dict[str, Any]:
+    """Feed ``rows`` rows into a queue that blocks when full.
+
+    Returns:
+        ``samples``: [rows fed, bytes of resident memory above those before the recording], one
+        every ``sample_rows`` rows at least.
+    """
     from vllm.moe_routes.writer import Writer
 
-    shape = Shape(MEMORY_LAYERS, MEMORY_EXPERTS, MEMORY_TOP_K, MEMORY_BATCH)
-    before_buffer = resident()
     load = Load(shape)
     own = resident()
     sink = session(load, path)
-    writer = Writer(sink, QUEUE_BYTES, "block", flush_seconds=1.0)
+    writer = Writer(sink, QUEUE_BYTES, "block", flush_seconds=30.0)
     samples: list[list[float]] = []
-    per_sample = 10 * MEMORY_STEPS  # ten simulated seconds
+    fed, due = 0, sample_rows
     start = time.perf_counter()
-    for number in range(max(2, round(minutes * 6))):
-        for _ in range(per_sample):
-            writer.put(load.step())
-        samples.append([(number + 1) / 6, resident() - own])
-    took = time.perf_counter() - start
+    while fed < rows:
+        writer.put(load.step())
+        fed += shape.rows
+        if fed >= due or fed >= rows:
+            samples.append([float(fed), float(resident() - own)])
+            due += sample_rows
     writer.close("bench", timeout=600)
     return {
-        "simulated_minutes": samples[-1][0],
-        "seconds": took,
+        "seconds": time.perf_counter() - start,
         "rows": sink.rows,
         "requests": sink.requests,
         "buffer_bytes": load.buffer.nbytes,
         "queue_bytes": QUEUE_BYTES,
-        "load_bytes": own - before_buffer,
         "samples": samples,
         "bytes": size_of(path),
     }
@@ -269,6 +285,7 @@ def main() -> int:
     for name, run, amount in (
         ("sustained", sustained, plan["seconds"]),
         ("memory", memory, plan["minutes"]),
+        ("worst_memory", worst_memory, plan["rows"]),
     ):
         path = folder / f"{name}.parquet"
         result[name] = run(path, amount)

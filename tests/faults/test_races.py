@@ -132,6 +132,8 @@ def test_an_error_in_the_recorder_is_counted_and_the_engine_goes_on(tmp_path: Pa
     load = Load(runner)
     for _ in range(5):
         load.step()
+    while not _do(runner, "status")["so_far"]["rows"]:
+        time.sleep(0.01)  # what waits when the error comes may be lost
 
     def exhausted(*_: Any) -> None:
         raise MemoryError("no pinned memory left")

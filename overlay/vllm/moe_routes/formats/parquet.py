@@ -16,6 +16,8 @@ from vllm.moe_routes.rows import RowTable
 
 #: A part is closed at this many rows, if no flush closes it earlier.
 PART_ROWS = 1 << 20
+#: Or at this size of the waiting ids and weights: making a part takes about five times as much.
+PART_BYTES = 12 << 20
 
 
 def _dataset() -> Any:
@@ -69,8 +71,7 @@ class ParquetLog:
         self._weight_type = np.dtype(weights)
         self._passes: list[_Pass] = []
         self._requests: list[dict[str, Any]] = []
-        self._rows = 0
-        self._flagged = 0
+        self._rows = self._flagged = self._bytes = 0
         #: What every part holds.
         self._held: list[Held] = []
         try:
@@ -123,7 +124,8 @@ class ParquetLog:
         )
         self._rows += len(ids)
         self._flagged += int(np.count_nonzero(good[rows.flags != 0]))
-        if self._rows >= PART_ROWS:
+        self._bytes += self._passes[-1].topk_ids.nbytes + self._passes[-1].topk_weights.nbytes
+        if self._rows >= PART_ROWS or self._bytes >= PART_BYTES:
             self.flush()
 
     def write_request(self, record: dict[str, Any]) -> None:
@@ -158,7 +160,7 @@ class ParquetLog:
     def _forget(self) -> None:
         self._passes.clear()
         self._requests = []
-        self._rows = self._flagged = 0
+        self._rows = self._flagged = self._bytes = 0
 
     def _table(self) -> Any:
         """The waiting rows as a table of ``self._columns``."""
