@@ -3,7 +3,8 @@
 
 It reads Python's standard library and generated word problems, and writes a checkpoint that vLLM
 and transformers load unchanged: demo_model/ is one. The same Python, torch and number of threads
-give the same weights. A training that was cut short goes on from its last save.
+give the same weights. A training that was cut short goes on from its last save. A step takes about
+0.5 s on one quiet processor core, the whole some 15 minutes.
 
     python tools/train_demo_moe.py demo_model
 """

@@ -209,11 +209,14 @@ def how_it_was_made(facts: Mapping[str, Any]) -> list[str]:
             f"{facts['training_tokens']:,} tokens. Every 16th document of the library is held "
             f"out. sha256 of the text: `{source['sha256']}`.",
             f"- {s['steps']:,} steps of {s['blocks'] * 512:,} tokens, {facts['tokens_seen']:,} in "
-            f"all; AdamW, learning rate {s['learning_rate']:g}, seed {s['seed']}; the "
+            f"all; AdamW; learning rate {s['learning_rate']:g}, falling as half a cosine over "
+            f"{s['horizon']:,} steps and linearly to 0 in the last {s['cooldown']}; seed "
+            f"{s['seed']}; the "
             f"architecture's load-balancing loss with coefficient {s['balance']:g}; sequences of "
             f"256 tokens, after {s['halves']:.0%} of the steps of 512.",
             f"- {facts['seconds'] / 60:.0f} minutes on {threads} of a machine with two CPU cores "
-            f"that did other work too; torch {facts['torch']}.",
+            f"that did much other work; torch {facts['torch']}. A step took 0.5 s on one thread "
+            "and 0.3 s on two while the machine was quiet, which would make 15 and 9 minutes.",
         ),
         flow(
             f"Train it again: `python tools/train_demo_moe.py OUT_DIR --steps {s['steps']} "
@@ -221,6 +224,12 @@ def how_it_was_made(facts: Mapping[str, Any]) -> list[str]:
             "processor or number of threads rounds otherwise: then the model is a similar one."
         ),
         f"![loss curve]({CURVE})",
+        flow(
+            f"The curve is of the first {40 * 512:,} held-out tokens, which are easier than the "
+            f"rest for all: {facts['rows'][-1][2] / math.log(2):.2f} bits a token for the model "
+            f"there, {facts['curve_baselines']['trigram']:.2f} for the 3-gram model. All of the "
+            "held-out text:"
+        ),
         held_out_table(facts),
         flow(
             "The baselines are counted on the training tokens and judged on the same held-out "
