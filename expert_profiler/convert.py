@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def convert(
         if "files" in header:
             header["files"] = names
         place = target.with_name(name)
+        if file.end is not None and "next" in file.end.raw:  # the header names all files instead
+            raw = {key: value for key, value in file.end.raw.items() if key != "next"}
+            file = replace(file, end=replace(file.end, raw=raw))
         with _moved_into(place) as scratch:
             write = _write_parquet if place.suffix == ".parquet" else _write_jsonl
             write(file, header, scratch, on_rows or (lambda _: None))

@@ -8,7 +8,15 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A problem the user can fix: the fact, the place and the next command, in one line."""
+    """A problem the user can fix: the fact, the place and the next command, in one line.
+
+    What a file or a command line put into the message can't break the line or the terminal:
+    characters that don't print are shown as Python would write them.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__("".join(shown))
 
 
 EXIT_CODE = 2

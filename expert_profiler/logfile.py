@@ -18,6 +18,8 @@ from expert_profiler.errors import UserError
 
 # No line this tool can use is longer; what is, is not a line.
 MAX_LINE_BYTES = 16 * 1024 * 1024
+#: Tables of counts are this wide at most; the recorder's ids are 16 bits wide.
+MOST_EXPERTS = 1 << 16
 _TAIL_BYTES = 64 * 1024
 
 RECORD_AGAIN = "record again with: ./test.sh"
@@ -116,7 +118,35 @@ def open_run(path: Path) -> list[LogFile]:
                 f"({len(names)} files); copy it to {path.parent}"
             )
         files.append(main if name == path.name else open_file(sibling))
-    return files
+    listed = {file.path.name for file in files}
+    return [part for file in files for part in _with_followers(file, listed)]
+
+
+def _with_followers(file: LogFile, listed: set[str]) -> list[LogFile]:
+    """The log and those it went on in, where its size was bounded.
+
+    listed: names of the run's logs so far; the followers' are added.
+    """
+    chain = [file]
+    while (end := chain[-1].end) is not None and (name := end.raw.get("next")) is not None:
+        last = chain[-1].path
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise UserError(
+                f'{last}, last line: "next" must hold a plain file name, found {name!r:.80}; '
+                f"{RECORD_AGAIN}"
+            )
+        if name in listed:
+            raise UserError(
+                f'{last}, last line: "next" names {name}, which is read already; {RECORD_AGAIN}'
+            )
+        if not last.with_name(name).exists():
+            raise UserError(
+                f"{last.with_name(name)} is missing: {last.name} says that the run goes on there; "
+                f"copy it to {last.parent}"
+            )
+        listed.add(name)
+        chain.append(open_file(last.with_name(name)))
+    return chain
 
 
 def find_bad_line(path: Path, public: bool = True) -> tuple[int, str] | None:
@@ -209,7 +239,7 @@ def parse_header(path: Path, line: bytes) -> Meta:
     """The header; ``path`` is where it stands."""
     try:
         raw = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise bad_line_error(path, 1, "not valid JSON, so not the header of a route log") from None
     if not isinstance(raw, dict) or raw.get("type") != "meta":
         found = f'"type": {json.dumps(raw.get("type"))}' if isinstance(raw, dict) else "no object"
@@ -232,6 +262,9 @@ def _parse_meta(raw: dict[str, Any]) -> Meta:
         )
         for entry in _list(raw, "layers")
     ]
+    declared = [item.num_experts for item in layers] + [_optional_int(raw, "num_experts") or 0]
+    if not 0 <= max(declared) <= MOST_EXPERTS:
+        raise ValueError(f"num_experts is {max(declared)}, and no model has that many")
     return Meta(
         model_id=str(raw.get("model_id", "unknown model")),
         layers_logged=tuple(int(layer) for layer in _list(raw, "layers_logged")),
@@ -286,7 +319,7 @@ def _read_tail(path: Path, file: IO[bytes], size: int) -> tuple[dict[str, Any], 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

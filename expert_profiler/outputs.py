@@ -21,7 +21,7 @@ def read_outputs(path: Path) -> dict[str, int]:
                     record = json.loads(line)
                     req_id = str(record["req_id"])
                     length = len(record["prompt_token_ids"]) + len(record["token_ids"]) - 1
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, RecursionError, TypeError, ValueError) as error:
                     what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
                     raise logfile.bad_line_error(path, number, what) from None
                 if req_id in positions:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import duck, logfile, partfiles, scanning, sources
+from expert_profiler import duck, logfile, partfiles, sampling, scanning, sources
 from expert_profiler.errors import UserError
 from expert_profiler.findings import (
     CONTAMINATION_RUN,
@@ -178,7 +178,7 @@ class RouteLog:
 
     def identity(self, outputs_path: str | Path) -> Identity:
         """Hold the log against ``outputs.jsonl``, layer by layer and request by request."""
-        positions = read_outputs(Path(outputs_path))
+        positions = sampling.sampled(read_outputs(Path(outputs_path)), self.meta.raw)
         self._load()
         return hold_against(self._db, positions, self.cached_tokens(), self.layers)
 
@@ -192,7 +192,8 @@ class RouteLog:
                     found[req] = max(cached, found.get(req, 0))
             return {req: n for req, n in found.items() if n}
         source = sources.json_source(self.files, _REQUEST_COLUMNS)
-        rows = self._db.execute(_CACHED.format(source=source)).fetchall()
+        with duck.told(self.files):
+            rows = self._db.execute(_CACHED.format(source=source)).fetchall()
         return {str(req): int(n) for req, n in rows}
 
     def weight_faults(self) -> tuple[int, int]:
@@ -201,7 +202,8 @@ class RouteLog:
         Each figure is the number of rows where the answer is no. Reads the log once more.
         """
         sql = _WEIGHT_FAULTS.format(source=sources.weight_source(self.files))
-        [(lengths, values)] = self._db.execute(sql).fetchall()
+        with duck.told(self.files):
+            [(lengths, values)] = self._db.execute(sql).fetchall()
         return int(lengths), int(values)
 
     def query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
@@ -271,6 +273,12 @@ class RouteLog:
         notes = self.lost_rows + self.suspicions
         if self.is_public_logger and self.end is None:
             notes.append("no end record (a public logger's file): loss cannot be ruled out")
+        if (n := sampling.one_in(self.meta.raw)) > 1:
+            notes.append(f"one request in {n:,} was recorded: every figure is of this sample")
+        if self.meta.raw.get("part") is not None:
+            notes.append(f"{self.path.name} goes on where another file of its run was full")
+        if self.end is not None and any(f.end and f.end.reason == "max_bytes" for f in self.files):
+            notes.append("the recording ended at its bound on size, VLLM_LOG_MOE_MAX_BYTES")
         if self.declared_experts is None:
             notes.append(
                 f"the header does not say how many experts there are: {self.num_experts} assumed, "

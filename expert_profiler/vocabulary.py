@@ -61,7 +61,7 @@ def read_tokens(outputs: Path) -> dict[str, npt.NDArray[np.int64]]:
                 record = json.loads(line)
                 ids = [*record["prompt_token_ids"], *record["token_ids"]]
                 found[str(record["req_id"])] = np.array(ids, dtype=np.int64)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, RecursionError, TypeError, ValueError) as error:
                 what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
                 raise logfile.bad_line_error(outputs, number, what) from None
     return found

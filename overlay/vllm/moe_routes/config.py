@@ -189,6 +189,7 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
     Raises:
         RouteLogError: its name does not say what it holds.
     """
+    shown = text if len(text) <= 400 else f"{text[:80]}…"
     if not text.isprintable():  # bytes that are no UTF-8 are not printable either
         raise RouteLogError(
             f"{said_by}{_short(text)} holds characters that no log's name may hold; name a file "
@@ -196,12 +197,12 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
         )
     if mode == "per_pass" and not text.endswith(".jsonl"):
         raise RouteLogError(
-            f"{said_by}{text} does not end in .jsonl, which mode per_pass writes; name a file such "
+            f"{said_by}{shown} does not end in .jsonl, which mode per_pass writes; name a file such "
             "as passes.jsonl"
         )
     if not text.rstrip("/").endswith(SUFFIXES):  # a directory may be written with a slash
         raise RouteLogError(
-            f"{said_by}{text} does not end in .jsonl or .parquet; name a file such as "
+            f"{said_by}{shown} does not end in .jsonl or .parquet; name a file such as "
             "moe_routes.jsonl"
         )
     return Path(text).absolute()
