@@ -197,8 +197,8 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
         )
     if mode == "per_pass" and not text.endswith(".jsonl"):
         raise RouteLogError(
-            f"{said_by}{shown} does not end in .jsonl, which mode per_pass writes; name a file such "
-            "as passes.jsonl"
+            f"{said_by}{shown} does not end in .jsonl, which mode per_pass writes; name a file "
+            "such as passes.jsonl"
         )
     if not text.rstrip("/").endswith(SUFFIXES):  # a directory may be written with a slash
         raise RouteLogError(
