@@ -58,12 +58,12 @@ def told(files: Sequence[LogFile]) -> Iterator[None]:
 
     try:
         yield
-    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-        logfile.raise_bad_line(files)
-        fact = str(error).splitlines()[0]
-        raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         fact = str(error).splitlines()[0]
         raise UserError(
             f"{files[0].path}: {fact}; free disk space or set TMPDIR to a larger disk"
         ) from None
+    except duckdb.Error as error:
+        logfile.raise_bad_line(files)
+        fact = str(error).splitlines()[0]
+        raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None

@@ -86,6 +86,6 @@ def _footer(part: Path) -> dict[bytes, bytes]:
 
     try:
         return dict(pq.read_metadata(part).metadata or {})
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         fact = str(error).splitlines()[0]
         raise UserError(f"cannot read {part}: {fact}; copy the file again") from None

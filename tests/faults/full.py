@@ -1,0 +1,25 @@
+"""Every fault test in its long form: python -m tests.faults.full [options of pytest]
+
+More kills, examples, rows and starts of engines than ``tests/run.sh`` takes; about half an hour on
+two cores. Prints the table that docs/faults.md shows.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    command = [sys.executable, "-m", "pytest", "tests/faults", "-p", "no:cacheprovider", "-rA"]
+    command += ["--durations=10", *sys.argv[1:]]
+    print("+", " ".join(command), flush=True)
+    return subprocess.call(command, cwd=ROOT, env={**os.environ, "FAULTS_FULL": "1"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
