@@ -1,6 +1,6 @@
 """What does recording cost? One command measures it and writes overhead.json and overhead.png.
 
-python -m benchmarks.overhead            # the whole matrix, under 15 minutes on two cores
+python -m benchmarks.overhead            # the whole matrix, some 17 minutes on two cores
 python -m benchmarks.overhead --quick    # every part once, small, under 2 minutes: it runs, no more
 
 Modes that can be switched on and off run in one engine, each pass next to a baseline pass of the
