@@ -45,7 +45,4 @@ stage python tools/export_patch.py --check
 # which one core does alone.
 export OMP_NUM_THREADS=1
 stage python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=10 "$@"
-bench=$(mktemp -d)
-trap 'rm -rf -- "$bench"' EXIT
-stage python -m benchmarks.overhead --quick --out "$bench"
 say "all passed in $SECONDS s"
