@@ -32,8 +32,10 @@ ENGINE = (
     Point("hook ops", _MOE + "cpu_fused_moe", "", "_log_moe_routes"),
     Point("begin", _ROUTES + "recorder", "Recorder", "begin_step"),
     Point("end", _ROUTES + "recorder", "Recorder", "end_step"),
+    Point("snapshot", _ROUTES + "recording", "", "put_together"),
     Point("snapshot", _ROUTES + "snapshot", "HostSnapshotter", "take"),
-    Point("count", _ROUTES + "counting", "Counter", "add"),
+    Point("count", _ROUTES + "counting", "HostCounter", "add"),
+    Point("count", _ROUTES + "counting", "HostCounter", "take"),
     Point("enqueue", _ROUTES + "writer", "Writer", "put"),
 )
 #: The writer thread's work: all that a sink does.

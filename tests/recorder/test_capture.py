@@ -124,28 +124,6 @@ def test_weights_are_kept_bit_for_bit() -> None:
     assert torch.equal(buffer.weights[:2, 0], weights)
 
 
-@QUICK
-@given(
-    rows=st.lists(st.none() | st.integers(1, 6), min_size=3, max_size=3),
-    columns=st.integers(1, 3),
-    dtype=st.sampled_from([torch.int32, torch.int64]),
-)
-def test_what_an_eager_pass_kept_lands_where_the_op_would_have_put_it(
-    rows: list[int | None], columns: int, dtype: torch.dtype
-) -> None:
-    one, other = _buffer(top_k=2), _buffer(top_k=2)
-    kept: capture.Kept = [
-        None if n is None else _choices(n, columns, seed=n, dtype=dtype) for n in rows
-    ]
-    for slot, item in enumerate(kept):
-        if item is not None:
-            _write(one, *item, slot=slot)
-    other.fill(kept)
-    assert torch.equal(one.ids, other.ids)
-    assert torch.equal(one.weights, other.weights)
-    assert kept == [None] * 3
-
-
 # ---- the buffer ----------------------------------------------------------------------------
 
 

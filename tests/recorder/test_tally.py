@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes import tally
 from vllm.moe_routes.capture import CaptureBuffer, allocate
-from vllm.moe_routes.counting import Counter
+from vllm.moe_routes.counting import DeviceCounter, HostCounter
 from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.snapshot import HostSnapshotter
 from vllm.moe_routes.tally import PassTokens, Shape, Tally
 
 from tests.recorder.build import DEVICE, QUICK, a_layer, clean_routes
@@ -41,13 +42,22 @@ def naive(buffer: CaptureBuffer, n: int, layers: list[MoELayer]) -> list[list[in
     ]
 
 
+def zeros(shape: Shape, device: torch.device = DEVICE) -> torch.Tensor:
+    return torch.zeros((len(shape.layers), shape.width), dtype=torch.int64, device=device)
+
+
+def counted(buffer: CaptureBuffer, n: int, shape: Shape) -> torch.Tensor:
+    """[L, width] of the first ``n`` rows, counted on the device."""
+    counts = zeros(shape)
+    DeviceCounter(DEVICE, shape).add(counts, buffer, n)
+    return counts
+
+
 @QUICK
 @given(layers=LAYERS, n=st.integers(0, 9), seed=st.integers(0, 99))
 def test_device_host_and_naive_counts_agree(layers: list[MoELayer], n: int, seed: int) -> None:
     buffer, shape = filled(layers, n, seed), Shape.of(layers)
-    counter = Counter(buffer, shape)
-    on_device = counter.zeros()
-    counter.add(on_device, n)
+    on_device = counted(buffer, n, shape)
     on_host = tally.count_choices(buffer.ids[:n].cpu().numpy(), shape)
     assert on_device.cpu().tolist() == on_host.tolist()
     for slot, (item, wanted) in enumerate(zip(layers, naive(buffer, n, layers), strict=True)):
@@ -56,14 +66,31 @@ def test_device_host_and_naive_counts_agree(layers: list[MoELayer], n: int, seed
     assert tally.verdict(on_host, n, shape, 0, 0)["verdict"] == "pass"
 
 
+@QUICK
+@given(layers=LAYERS, n=st.integers(0, 9), seed=st.integers(0, 99))
+def test_a_pass_is_counted_alike_on_the_host_and_on_a_device(
+    layers: list[MoELayer], n: int, seed: int
+) -> None:
+    """Added up at once, or taken to be counted by the writer thread."""
+    buffer, shape, host = filled(layers, n, seed), Shape.of(layers), torch.device("cpu")
+    buffer = buffer._replace(ids=buffer.ids.cpu(), weights=buffer.weights.cpu())
+    totals = zeros(shape, host) + 3
+    for counter in (HostCounter(host, shape), DeviceCounter(host, shape)):
+        before = totals.clone()
+        counter.add(totals, buffer, n)
+        taken = counter.take(buffer, n, HostSnapshotter())
+        buffer.ids[:n] += 1  # the next pass; what was taken stays
+        assert (totals - before).tolist() == taken.resolve().tolist()
+        buffer.ids[:n] -= 1
+        assert taken.resolve().tolist() == counted(filled(layers, n, seed), n, shape).tolist()
+
+
 def test_counting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [a_layer(i, 2, 8) for i in range(3)]
     buffer = filled(layers, 50, seed=1)
-    counter = Counter(buffer, Shape.of(layers))
-    whole, chunked = counter.zeros(), counter.zeros()
-    counter.add(whole, 50)
+    whole = counted(buffer, 50, Shape.of(layers))
     monkeypatch.setattr("vllm.moe_routes.counting.CHUNK", 13)
-    counter.add(chunked, 50)
+    chunked = counted(buffer, 50, Shape.of(layers))
     assert chunked.sum() == 50 * 3 * 2
     assert torch.equal(whole, chunked)
 
@@ -73,10 +100,7 @@ def test_a_layer_that_did_not_fire_is_lost_and_fails_the_check(experts: int) -> 
     layers = [a_layer(i, 2, experts) for i in (3, 5)]
     shape, buffer = Shape.of(layers), filled(layers, 4, seed=2)
     buffer.ids[1, 1] = buffer.not_an_id
-    counter = Counter(buffer, shape)
-    counts = counter.zeros()
-    counter.add(counts, 4)
-    array = counts.cpu().numpy()
+    array = counted(buffer, 4, shape).cpu().numpy()
     assert tally.lost_choices(array, 4, shape).tolist() == [0, 2]
     found = tally.verdict(array, 4, shape, 0, 0)
     assert found["verdict"] == "fail"
@@ -156,8 +180,6 @@ def test_a_narrowed_buffer_counts_its_own_slots_only() -> None:
     layers = [a_layer(i, 2, 8) for i in range(4)]
     buffer = filled(layers, 5, seed=3)
     chosen = [layers[1], layers[3]]
-    counter = Counter(buffer.narrowed([1, 3]), Shape.of(chosen))
-    counts = counter.zeros()
-    counter.add(counts, 5)
+    counts = counted(buffer.narrowed([1, 3]), 5, Shape.of(chosen))
     wanted = naive(buffer, 5, layers)
     assert counts[:, :8].tolist() == [wanted[1], wanted[3]]

@@ -36,11 +36,6 @@ def moe_routes_capture(
     weights[row0 : row0 + n, slot, :k].copy_(topk_weights[:, :k])
 
 
-#: By slot, a layer's ids and weights of the pass under way, each [n, >= top_k]; None where it has
-#: not fired.
-Kept = list[tuple[Tensor, Tensor] | None]
-
-
 direct_register_custom_op(
     op_name="moe_routes_capture",
     op_func=moe_routes_capture,
@@ -62,12 +57,14 @@ class CaptureBuffer(NamedTuple):
         weights: [T, S, K] float32, as the router gave them to the kernel.
         not_an_id: the value that marks an element nothing was captured for.
         slots: [L] int64, the slots that a recording of some layers reads; None: all of them.
+        own: whether nobody writes to this memory any more.
     """
 
     ids: Tensor
     weights: Tensor
     not_an_id: int
     slots: Tensor | None = None
+    own: bool = False
 
     def narrowed(self, slots: Sequence[int]) -> "CaptureBuffer":
         """The same memory, read in ``slots`` only."""
@@ -77,41 +74,29 @@ class CaptureBuffer(NamedTuple):
 
     def picked(self, rows: Tensor) -> "CaptureBuffer":
         """A copy of some rows: [m] int64 indices on the buffer's device."""
-        return self._replace(ids=self.ids[rows], weights=self.weights[rows])
+        return self._replace(ids=self.ids[rows], weights=self.weights[rows], own=True)
 
     def select_ids(self, num_rows: int) -> Tensor:
         """The ids of the first rows: [num_rows, L, K], a view unless narrowed."""
         ids = self.ids[:num_rows]
         return ids if self.slots is None else ids.index_select(1, self.slots)
 
-    def select_weights(self, num_rows: int) -> Tensor:
-        """The weights of the first rows: [num_rows, L, K], a view unless narrowed."""
-        weights = self.weights[:num_rows]
-        return weights if self.slots is None else weights.index_select(1, self.slots)
+    def copy_ids(self, num_rows: int) -> Tensor:
+        """The ids of the first rows, in memory that nobody writes to: [num_rows, L, K]."""
+        return self._copy(self.ids[:num_rows])
+
+    def copy_weights(self, num_rows: int) -> Tensor:
+        """The weights of the first rows, in memory that nobody writes to: [num_rows, L, K]."""
+        return self._copy(self.weights[:num_rows])
+
+    def _copy(self, part: Tensor) -> Tensor:
+        if self.slots is not None:
+            return part.index_select(1, self.slots)
+        return part if self.own else part.clone()
 
     def clear(self, num_rows: int | None = None) -> None:
         """Mark the first ``num_rows`` rows (all by default) as not captured."""
         self.ids[:num_rows].fill_(self.not_an_id)
-
-    def fill(self, kept: Kept) -> None:
-        """Copy in what a pass has kept, and forget it: all layers at once where they are alike."""
-        slots = [slot for slot, item in enumerate(kept) if item is not None]
-        found = [item for item in kept if item is not None]
-        kept[:] = [None] * len(kept)
-        shapes = {item[0].shape for item in found}
-        if len(shapes) != 1 or found[0][0].shape[1] != self.ids.shape[2]:
-            for slot, item in zip(slots, found, strict=True):
-                moe_routes_capture(self.ids, self.weights, *item, 0, slot)
-            return
-        n = len(found[0][0])
-        ids = torch.stack([item[0] for item in found], dim=1)
-        weights = torch.stack([item[1] for item in found], dim=1)
-        if len(slots) == self.ids.shape[1]:
-            self.ids[:n].copy_(ids)
-            self.weights[:n].copy_(weights)
-        else:
-            self.ids[:n, slots] = ids.to(self.ids.dtype)
-            self.weights[:n, slots] = weights.to(self.weights.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.moe_routes.capture import Kept  # its module registers the op
 from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.kept import Kept  # capture, which it imports, registers the op
 from vllm.moe_routes.mapping import Batch, Layout, locate, ubatch_row0
 
 
@@ -39,8 +39,7 @@ class Tap(NamedTuple):
         slot: the layer's place on the buffer's second axis.
         layout: where its rows belong; None where they are the pass's rows as they are.
         logical_ids: where its router leaves them; None where it returns them.
-        kept: where the choices wait until the pass ends, all layers to be copied at once; None
-            where the forward pass is compiled or replayed, and no list can be a part of it.
+        kept: where the choices wait until the pass ends; None where they are written to the buffer.
     """
 
     ids: Tensor
@@ -92,8 +91,8 @@ def _log_moe_routes(layer: Any, topk_ids: Tensor, topk_weights: Tensor, row0: in
         first, size, row0 = locate(n, row0, tap.layout, _batch(tap.layout))
         topk_ids = topk_ids[first : first + size]
         topk_weights = topk_weights[first : first + size]
-    if tap.kept is not None and row0 == 0:  # a chunk behind the first goes to its rows at once
-        tap.kept[tap.slot] = (topk_ids, topk_weights)
+    if tap.kept is not None:
+        tap.kept[tap.slot, row0] = (topk_ids, topk_weights)
         return
     torch.ops.vllm.moe_routes_capture(tap.ids, tap.weights, topk_ids, topk_weights, row0, tap.slot)
 

@@ -18,6 +18,7 @@ from vllm.moe_routes.clock import CLOCKS
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import ConflictError, RouteLogError
 from vllm.moe_routes.hooks import LogicalIds, Tap
+from vllm.moe_routes.kept import Kept
 from vllm.moe_routes.mapping import Layout
 from vllm.moe_routes.recording import (
     PassRecording,
@@ -142,10 +143,10 @@ class Recorder:
         )
         buffer = capture.allocate(self._layers, num_rows, runner.device)
         # Without graphs, which bake the hook in, the layers of a running recording are tapped and
-        # no others; and on the host, where a copy is dear, all of a pass's choices are copied once.
+        # no others; and on the host a pass's choices are copied once, when it is over.
         self._taps_stay = provenance.execution(self._vllm_config) != "eager"
         keeps = not self._taps_stay and runner.device.type == "cpu"
-        kept: capture.Kept = [None] * len(self._layers) if keeps else []
+        kept: Kept | None = {} if keeps else None
         self._source = Source(
             runner,
             buffer,
@@ -161,9 +162,7 @@ class Recorder:
             logical_ids = LogicalIds() if self._vllm_config.parallel_config.enable_eplb else None
             if logical_ids is not None:
                 module.router.moe_logical_ids = logical_ids
-            tap = Tap(
-                buffer.ids, buffer.weights, slot, layout, logical_ids, kept if keeps else None
-            )
+            tap = Tap(buffer.ids, buffer.weights, slot, layout, logical_ids, kept)
             self._taps.append((module, tap))
         if self._taps_stay:
             self._tap(self._layers)

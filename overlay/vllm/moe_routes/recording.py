@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from vllm.logger import init_logger
 from vllm.moe_routes import formats, tally
-from vllm.moe_routes.capture import CaptureBuffer, Kept
+from vllm.moe_routes.capture import CaptureBuffer
 from vllm.moe_routes.chain import Chain, Part
 from vllm.moe_routes.clock import Clock
 from vllm.moe_routes.config import RouteLogConfig
-from vllm.moe_routes.counting import Counter
+from vllm.moe_routes.counting import COUNTERS, Counter
+from vllm.moe_routes.kept import Kept, put_together
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.rows import Step, StopRule
@@ -44,8 +45,8 @@ class Source(NamedTuple):
         clock: the device's.
         config: the switches.
         rank: of this worker among all of the engine's, over data-parallel ranks.
-        kept: what the layers of an eager pass keep until it ends; empty where the layers write to
-            the buffer themselves.
+        kept: what the layers of an eager pass keep until it ends; None where they write to the
+            buffer themselves.
     """
 
     runner: Any
@@ -54,7 +55,7 @@ class Source(NamedTuple):
     clock: Clock
     config: RouteLogConfig
     rank: int
-    kept: Kept
+    kept: Kept | None
 
 
 class Recording:
@@ -70,6 +71,7 @@ class Recording:
 
     def __init__(self, source: Source, layers: Sequence[MoELayer], slots: Sequence[int]) -> None:
         self._source = source
+        self._slots = list(slots)
         self._buffer = source.buffer.narrowed(slots)
         self.layers = list(layers)
         self.shape = Shape.of(layers)
@@ -87,8 +89,10 @@ class Recording:
         self._in_pass = num_rows > 0
         # Warm-up passes, padding and older passes left rows there, which a layer that does not
         # fire would repeat.
-        self._buffer.clear(num_rows)
-        self._source.kept[:] = [None] * len(self._source.kept)
+        if self._source.kept is None:
+            self._buffer.clear(num_rows)
+        else:
+            self._source.kept.clear()
 
     def end(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Take the forward pass that just ran. Never raises: the engine must go on.
@@ -97,8 +101,6 @@ class Recording:
             num_scheduled_tokens: [R] rows of every request, in batch order.
         """
         try:
-            if self._source.kept:
-                self._source.buffer.fill(self._source.kept)
             self._take(num_scheduled_tokens)
         except Exception as error:
             self._fail(error, num_scheduled_tokens)
@@ -144,6 +146,16 @@ class Recording:
             **self._status(),
         }
 
+    def _choices(self, num_rows: int) -> CaptureBuffer:
+        """The pass's choices, in its first ``num_rows`` rows."""
+        if self._source.kept is None:
+            return self._buffer
+        return put_together(self._source.kept, self._slots, self._source.buffer, num_rows)
+
+    def _counter(self) -> Counter:
+        device = self._buffer.ids.device
+        return COUNTERS[device.type](device, self.shape)
+
     def _arrays(self, num_reqs: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The runner's own arrays: computed tokens and prompt tokens of the batch's requests."""
         batch = self._source.runner.input_batch
@@ -185,8 +197,12 @@ class StatRecording(Recording):
 
     def __init__(self, source: Source, layers: Sequence[MoELayer], slots: Sequence[int]) -> None:
         super().__init__(source, layers, slots)
-        self._counter = Counter(self._buffer, self.shape)
-        self._device_counts = self._counter.zeros(len(tally.FORWARD_MODES))
+        self._count = self._counter()
+        self._device_counts = torch.zeros(
+            (len(tally.FORWARD_MODES), len(layers), self.shape.width),
+            dtype=torch.int64,
+            device=self._buffer.ids.device,
+        )
         #: Its counts stay zero: they are on the device.
         self._tally = Tally(self.shape)
         self._error: str | None = None
@@ -198,7 +214,8 @@ class StatRecording(Recording):
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         computed, prompt = self._arrays(len(num_scheduled_tokens))
         tokens = tally.pass_tokens(num_scheduled_tokens, computed, prompt)
-        self._counter.add(self._device_counts[tokens.forward_mode], tokens.total)
+        totals = self._device_counts[tokens.forward_mode]
+        self._count.add(totals, self._choices(tokens.total), tokens.total)
         self._tally.add_pass(tokens)
 
     def _fail(self, error: Exception, num_scheduled_tokens: npt.NDArray[Any]) -> None:
@@ -317,7 +334,7 @@ class PassRecording(_FileRecording):
         header: dict[str, Any],
     ) -> None:
         super().__init__(source, layers, slots)
-        self._counter = Counter(self._buffer, self.shape)
+        self._count = self._counter()
         self._write_to(
             lambda path, facts: PassLog(
                 path,
@@ -334,8 +351,8 @@ class PassRecording(_FileRecording):
         self._source.clock.start()
 
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
-        counts = self._counter.zeros()
-        self._counter.add(counts, int(num_scheduled_tokens.sum()))
+        num_rows = int(num_scheduled_tokens.sum())
+        counts = self._count.take(self._choices(num_rows), num_rows, self._source.snapshotter)
         elapsed = self._source.clock.stop()
         computed, prompt = self._arrays(len(num_scheduled_tokens))
         self._writer.put(
@@ -348,7 +365,7 @@ class PassRecording(_FileRecording):
                 new_requests=(),
                 stop_rules={},
                 finished=(),
-                pending=self._source.snapshotter.take_array(counts),
+                pending=counts,
                 elapsed=elapsed,
             )
         )
@@ -407,17 +424,17 @@ class TokenRecording(_FileRecording):
         computed, prompt = self._arrays(len(num_scheduled_tokens))
         runs_ahead = runner.use_async_scheduling
         tokens = runner.input_ids.gpu if runs_ahead else None
-        buffer, skipped = self._buffer, 0
+        num_rows = int(num_scheduled_tokens.sum())
+        choices, skipped = self._choices(num_rows), 0
         if self._sample is not None:
             kept = self._sample.rows(req_ids, num_scheduled_tokens)
             req_ids = [req_ids[i] for i in kept.requests]
             computed, prompt = computed[kept.requests], prompt[kept.requests]
-            skipped = int(num_scheduled_tokens.sum()) - len(kept.rows)
+            skipped, num_rows = num_rows - len(kept.rows), len(kept.rows)
             num_scheduled_tokens = num_scheduled_tokens[kept.requests]
-            index = torch.from_numpy(kept.rows).to(buffer.ids.device)
-            buffer = buffer.picked(index)
+            index = torch.from_numpy(kept.rows).to(choices.ids.device)
+            choices = choices.picked(index)
             tokens = None if tokens is None else tokens[index]
-        num_rows = int(num_scheduled_tokens.sum())
         step = Step(
             forward_pass_id=self._step_id,
             req_ids=req_ids.copy(),
@@ -427,7 +444,7 @@ class TokenRecording(_FileRecording):
             new_requests=self._new,
             stop_rules=self._stop_rules(req_ids) if runs_ahead else {},
             finished=self._finished,
-            pending=self._source.snapshotter.take(buffer, num_rows, tokens) if num_rows else None,
+            pending=self._source.snapshotter.take(choices, num_rows, tokens) if num_rows else None,
             skipped=skipped,
         )
         self._finished = []

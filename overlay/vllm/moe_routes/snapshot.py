@@ -64,8 +64,8 @@ class HostSnapshotter:
     """For a buffer in host memory: the clone is the snapshot."""
 
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        ids = buffer.select_ids(num_rows).clone()
-        weights = buffer.select_weights(num_rows).clone()
+        ids = buffer.copy_ids(num_rows)
+        weights = buffer.copy_weights(num_rows)
         tokens = None if token_ids is None else token_ids[:num_rows].clone().numpy()
         routes = Routes(ids.numpy(), weights.numpy(), tokens)
         return _HostPending(routes, ids.nbytes + weights.nbytes)
@@ -142,7 +142,7 @@ class StreamSnapshotter:
         self._side = api.new_stream()
 
     def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        clones = [buffer.select_ids(num_rows).clone(), buffer.select_weights(num_rows).clone()]
+        clones = [buffer.copy_ids(num_rows), buffer.copy_weights(num_rows)]
         if token_ids is not None:
             clones.append(token_ids[:num_rows].clone())
         return self._copy(clones, _routes)

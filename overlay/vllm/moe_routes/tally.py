@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.layers import MoELayer
 
+#: Choices by layer and expert: [L, width] int64.
+Counts = npt.NDArray[np.int64]
+
 #: Kinds of forward pass, in the order of a tally's first axis.
 FORWARD_MODES = ("prefill", "decode", "mixed")
 
@@ -77,8 +80,8 @@ class Shape(NamedTuple):
         return self.width - 1
 
 
-def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.int64]:
-    """Count one pass's choices on the host.
+def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> Counts:
+    """Count choices on the host.
 
     Args:
         topk_ids: [n, L, K]; ``not_an_id`` (255 as uint8, -1 as int16) where nothing was captured.
@@ -88,7 +91,8 @@ def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.in
         [L, width] int64; the last column holds what is no expert id, padding included.
     """
     num_layers = len(shape.layers)
-    ids = topk_ids.astype(np.int64) & 0xFFFF  # -1 as int16 is no small number then
+    ids = topk_ids.astype(np.int64)
+    ids &= 0xFFFFFFFF  # below zero is no small number then
     np.minimum(ids, shape.num_experts, out=ids)
     ids += np.arange(num_layers)[None, :, None] * shape.width
     counted = np.bincount(ids.ravel(), minlength=num_layers * shape.width)
