@@ -78,14 +78,23 @@ class Case:
         return self.batch * (self.prompt_tokens + self.output_tokens - 1)
 
 
+class Cell(NamedTuple):
+    """A case of the matrix: the modes that it is run in, and its pairs a mode."""
+
+    case: Case
+    modes: tuple[str, ...]
+    pairs: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much is measured.
 
     Attributes:
         headline: the case of the targets, and its pairs a mode.
-        matrix: the other cases, and theirs.
+        matrix: the other cases.
         processes: interleaved rounds of unpatched and unset engines; 0: none.
+        profiled_passes: passes whose parts are timed, a mode.
         fit: loads and layer counts that the cost is fitted over.
         synthetic_rows: rows of the writer's throughput, a format.
         sustained_seconds: of the writer's paced run.
@@ -94,22 +103,35 @@ class Plan:
 
     headline: Case
     headline_pairs: int
-    matrix: tuple[Case, ...]
-    matrix_pairs: int
+    matrix: tuple[Cell, ...]
     processes: int
+    profiled_passes: int
     fit: tuple[tuple[int, str], ...]
     synthetic_rows: int
     sustained_seconds: float
     simulated_minutes: float
 
 
+#: Prompt tokens of a pass above which it takes seconds on two cores, and above which tens of them.
+LONG, LONGEST = 2_000, 10_000
+
+
+def cell(prompt_tokens: int, batch: int) -> Cell:
+    """A case of the full matrix: the longer its passes take, the fewer of them."""
+    case, tokens = Case(prompt_tokens, batch, output_tokens=8), prompt_tokens * batch
+    if tokens > LONGEST:
+        return Cell(case, ("parquet", "jsonl"), 1)
+    if tokens > LONG:
+        return Cell(case, ("stat", "per_pass", "parquet", "jsonl"), 1)
+    return Cell(case, MATRIX_MODES, 2)
+
+
 FULL = Plan(
-    headline=Case(prompt_tokens=16, batch=25, output_tokens=16),
+    headline=Case(prompt_tokens=16, batch=25, output_tokens=8),
     headline_pairs=20,
-    # Two cores prefill some 800 tokens a second: more and longer prompts take hours, not minutes.
-    matrix=tuple(Case(prompt, batch, 8) for prompt in (16, 128) for batch in (1, 8)),
-    matrix_pairs=2,
+    matrix=tuple(cell(prompt, batch) for prompt in (16, 128, 512) for batch in (1, 8, 32)),
     processes=3,
+    profiled_passes=5,
     fit=tuple((batch, layers) for batch in (1, 8, 25) for layers in ("0", "0-11", "all")),
     synthetic_rows=4_000_000,
     sustained_seconds=60,
@@ -118,9 +140,9 @@ FULL = Plan(
 QUICK = Plan(
     headline=Case(prompt_tokens=16, batch=4, output_tokens=4),
     headline_pairs=2,
-    matrix=(Case(16, 1, 4),),
-    matrix_pairs=1,
+    matrix=(Cell(Case(16, 1, 4), MATRIX_MODES, 1),),
     processes=0,
+    profiled_passes=1,
     fit=((1, "0"), (1, "all"), (4, "0"), (4, "all")),
     synthetic_rows=200_000,
     sustained_seconds=2,

@@ -72,7 +72,6 @@ def compare(mode: str, pairs: Sequence[Pair]) -> dict[str, Any]:
     }
     known = MODES.get(mode)
     target = known.target if known else None
-    ratio = ratios["wall"]["paired_ratio_median"]
     return {
         "mode": mode,
         "ratios": ratios,
@@ -80,8 +79,16 @@ def compare(mode: str, pairs: Sequence[Pair]) -> dict[str, Any]:
         "rows": pairs[0].own["rows"],
         "bytes": pairs[0].own["bytes"],
         "target": target,
-        "meets_target": None if target is None else ratio <= target,
+        "meets_target": None if target is None else meets(ratios["wall"], target),
     }
+
+
+def meets(ratio: Mapping[str, Any], target: float) -> str:
+    """Whether a target is met, as far as the interval can tell: "yes", "no" or "open"."""
+    low, high = ratio["paired_ratio_ci95"]
+    if high <= target:
+        return "yes"
+    return "no" if low > target else "open"
 
 
 def problems(name: str, pairs: Mapping[str, Sequence[Pair]], expected_rows: int) -> list[str]:
@@ -168,24 +175,57 @@ def memory(record: Mapping[str, Any], allowance: int = 64 << 20) -> dict[str, An
     }
 
 
-def parts_per_step(profile: Mapping[str, Any], steps: int) -> dict[str, float]:
+#: The engine thread's parts of every step; ``end`` holds those after it.
+STEP_PARTS = ("hook ops", "begin", "end", "snapshot", "count", "enqueue")
+
+
+def parts_per_step(parts: Mapping[str, Any], steps: int) -> dict[str, float]:
     """Microseconds of the engine thread a step; ``hook ops`` + ``begin`` + ``end`` is all of it."""
-    parts = profile["parts"]
+    return {name: parts[name]["seconds"] / steps * 1e6 for name in STEP_PARTS if name in parts}
+
+
+def engine_seconds(parts: Mapping[str, Any]) -> float:
+    """Seconds that the steps of a recorded pass took from the engine's thread."""
+    return sum(seconds_of(parts, name) for name in ("hook ops", "begin", "end"))
+
+
+def seconds_of(parts: Mapping[str, Any], name: str) -> float:
+    """Seconds of one part; 0 where it was never called."""
+    return float(parts[name]["seconds"]) if name in parts else 0.0
+
+
+def profile(passes: Sequence[Pass], base_wall: float) -> dict[str, Any]:
+    """Where the time of a mode's passes goes: of every figure the median over passes.
+
+    ``accounted`` is what recording adds to a pass, by its own clocks, as ratios to the wall time
+    of a pass without a recorder. ``least``: the engine thread's steps. ``most``: those and all CPU
+    time of the writer, as if the engine had waited for every moment of it.
+
+    Args:
+        passes: of ``worker.Bench.profile``, all of one mode and case.
+        base_wall: median seconds of that case's baseline passes.
+    """
+    steps = passes[0]["parts"]["end"]["calls"]
+    engine = float(np.median([engine_seconds(item["parts"]) for item in passes]))
+    writer = float(np.median([seconds_of(item["parts"], "writer") for item in passes]))
+    per_step = [parts_per_step(item["parts"], steps) for item in passes]
     return {
-        name: parts[name]["seconds"] / steps * 1e6
-        for name in ("hook ops", "begin", "end", "snapshot", "count", "enqueue")
-        if name in parts
+        "passes": len(passes),
+        "steps": steps,
+        "rows_per_step": passes[0]["rows"] / steps,
+        "engine_us_per_step": {
+            name: float(np.median([item[name] for item in per_step])) for name in per_step[0]
+        },
+        "start_stop_seconds": {
+            name: float(np.median([seconds_of(item["parts"], name) for item in passes]))
+            for name in ("start", "stop")
+        },
+        "writer_seconds": writer,
+        "writer_seconds_per_million_rows": (
+            writer / passes[0]["rows"] * 1e6 if passes[0]["rows"] else 0.0
+        ),
+        "accounted": {
+            "least": 1 + engine / base_wall,
+            "most": 1 + (engine + writer) / base_wall,
+        },
     }
-
-
-def engine_seconds(profile: Mapping[str, Any]) -> float:
-    """CPU seconds that a pass's recording took from the engine's thread."""
-    parts = profile["parts"]
-    return float(
-        sum(parts[name]["seconds"] for name in ("hook ops", "begin", "end") if name in parts)
-    )
-
-
-def writer_seconds(profile: Mapping[str, Any]) -> float:
-    """CPU seconds of the writer thread in a pass."""
-    return float(profile["parts"].get("writer", {"seconds": 0.0})["seconds"])

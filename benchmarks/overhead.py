@@ -1,6 +1,6 @@
 """What does recording cost? One command measures it and writes overhead.json and overhead.png.
 
-python -m benchmarks.overhead            # the whole matrix, some 17 minutes on two cores
+python -m benchmarks.overhead            # the whole matrix, some 15 minutes on two cores
 python -m benchmarks.overhead --quick    # every part once, small, under 2 minutes: it runs, no more
 
 Modes that can be switched on and off run in one engine, each pass next to a baseline pass of the
@@ -25,13 +25,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import figures, plot, report
 from benchmarks.cases import (
     AA,
     BASE,
     FULL,
     HEADLINE_MODES,
-    MATRIX_MODES,
     MODES,
     QUICK,
     Case,
@@ -47,7 +48,7 @@ from run_profile import cpu_name
 from tools import make_tiny_moe
 
 RECORD, PLOT = "overhead.json", "overhead.png"
-PROFILED = ("stat", "per_pass", "parquet", "jsonl")
+PROFILED = ("armed", "stat", "per_pass", "parquet", "jsonl")
 FITTED = ("parquet", "jsonl")
 
 
@@ -123,11 +124,16 @@ def measure(plan: Plan, pairs: int, model: str, folder: Path, progress: Progress
             engine.run(name, Case(16, plan.headline.batch, 2))
         headline = case_in_one_engine(engine, plan.headline, HEADLINE_MODES, pairs, progress)
         matrix = [
-            case_in_one_engine(engine, case, MATRIX_MODES, plan.matrix_pairs, progress)
-            for case in plan.matrix
+            case_in_one_engine(engine, case, modes, pairs, progress)
+            for case, modes, pairs in plan.matrix
         ]
         progress.say("where the time goes")
-        profile = profile_in(engine, plan.headline)
+        base = [
+            value
+            for mode in headline["modes"].values()
+            for value in mode["seconds"]["wall"]["base"]["values"]
+        ]
+        profile = profile_in(engine, plan, float(np.median(base)))
         fit = fit_in(engine, plan, progress)
         armed_ops = len(engine.ask("ops"))
     processes = None
@@ -135,7 +141,7 @@ def measure(plan: Plan, pairs: int, model: str, folder: Path, progress: Progress
         processes = case_over_processes(plan, model, folder, armed_ops, progress)
     progress.say("the writer alone")
     writer = writer_alone(plan, folder)
-    sections = [headline, *matrix, *(processes["cases"] if processes else [])]
+    sections = [headline, *matrix, *([processes] if processes else [])]
     return {
         "schema": 1,
         "headline": headline,
@@ -190,51 +196,47 @@ def case_over_processes(
     ):
         ops = {"unpatched": base.ask("ops"), "unset": unset.ask("ops")}
         others = {"unpatched again": again, "unset": unset}
-        cases = []
-        for case, rounds in ((plan.headline, plan.processes), *((c, 2) for c in plan.matrix)):
-            progress.say(f"processes, {case.name}")
-            for engine in (base, again, unset):
-                engine.run(BASE, case)
-            found: dict[str, list[Pair]] = {name: [] for name in others}
-            for number in range(rounds):
-                names = list(others) if number % 2 else list(others)[::-1]
-                for name in names:
-                    if number % 2:
-                        own, first = others[name].run(BASE, case), base.run(BASE, case)
-                    else:
-                        first, own = base.run(BASE, case), others[name].run(BASE, case)
-                    found[name].append(Pair(first, own))
-            cases.append(section(case, found, rounds))
+        progress.say(f"processes, {plan.headline.name}")
+        for engine in (base, again, unset):
+            engine.run(BASE, plan.headline)
+        found: dict[str, list[Pair]] = {name: [] for name in others}
+        for number in range(plan.processes):
+            for name in list(others) if number % 2 else list(others)[::-1]:
+                if number % 2:
+                    own, first = (
+                        others[name].run(BASE, plan.headline),
+                        base.run(BASE, plan.headline),
+                    )
+                else:
+                    first, own = (
+                        base.run(BASE, plan.headline),
+                        others[name].run(BASE, plan.headline),
+                    )
+                found[name].append(Pair(first, own))
+    case = section(plan.headline, found, plan.processes)
     if ops["unpatched"] != ops["unset"]:
-        cases[0]["problems"].append("an engine with the switch unset dispatches other ops")
+        case["problems"].append("an engine with the switch unset dispatches other ops")
     return {
         "ops": {**{name: len(seen) for name, seen in ops.items()}, "armed": armed_ops},
         "same_ops": ops["unpatched"] == ops["unset"],
-        "cases": cases,
+        **case,
     }
 
 
-def profile_in(engine: Engine, case: Case) -> dict[str, Any]:
-    """CPU time of the recorder's parts in the headline case, a mode."""
-    modes = {}
-    for name in PROFILED:
-        seen = engine.run(name, case, do="profile")
-        steps = seen["parts"]["end"]["calls"]
-        writer = figures.writer_seconds(seen)
-        modes[name] = {
-            "steps": steps,
-            "rows_per_step": seen["rows"] / steps,
-            "engine_us_per_step": figures.parts_per_step(seen, steps),
-            "writer_seconds": writer,
-            "writer_seconds_per_million_rows": writer / seen["rows"] * 1e6,
-            "process_cpu_seconds": seen["process_cpu"],
-            "parts": seen["parts"],
-        }
-    return {"case": {"name": case.name, **asdict(case)}, "modes": modes}
+def profile_in(engine: Engine, plan: Plan, base_wall: float) -> dict[str, Any]:
+    """The time of the recorder's parts in the headline case, by mode."""
+    case = plan.headline
+    modes = {
+        name: figures.profile(
+            [engine.run(name, case, do="profile") for _ in range(plan.profiled_passes)], base_wall
+        )
+        for name in PROFILED
+    }
+    return {"case": {"name": case.name, **asdict(case)}, "base_wall": base_wall, "modes": modes}
 
 
 def fit_in(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """How the cost grows with layers x tokens: CPU time of both threads over loads and layers."""
+    """How the cost grows with layers x tokens: time of both threads over loads and layers."""
     result = {}
     for mode in FITTED:
         rows, steps, engine_time, writer_time = [], [], [], []
@@ -244,8 +246,8 @@ def fit_in(engine: Engine, plan: Plan, progress: Progress) -> dict[str, Any]:
             seen = engine.run(mode, case, layers, do="profile")
             rows.append(seen["rows"])
             steps.append(seen["parts"]["end"]["calls"])
-            engine_time.append(figures.engine_seconds(seen))
-            writer_time.append(figures.writer_seconds(seen))
+            engine_time.append(figures.engine_seconds(seen["parts"]))
+            writer_time.append(figures.seconds_of(seen["parts"], "writer"))
         result[f"{mode}, engine thread"] = figures.fit(rows, steps, engine_time)
         result[f"{mode}, writer thread"] = figures.fit(rows, steps, writer_time)
     return result

@@ -83,9 +83,12 @@ def _headline(axes: Axes, section: Mapping[str, Any]) -> None:
 
 
 def _matrix(axes: Axes, section: list[Mapping[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for item in section for name in item["modes"]))
+    shown: set[str] = set()
     for i, item in enumerate(section):
-        names = list(item["modes"])
         for j, name in enumerate(names):
+            if name not in item["modes"]:
+                continue
             colour, marker = _STYLE.get(name, (_INK, "o"))
             half = name.endswith("layer0")
             _bar(
@@ -97,14 +100,16 @@ def _matrix(axes: Axes, section: list[Mapping[str, Any]]) -> None:
                 marker=marker,
                 markersize=5,
                 markerfacecolor="white" if half else colour,
-                label=name if i == 0 else None,
+                label=None if name in shown else name,
             )
+            shown.add(name)
     axes.axhline(0, color=_QUIET, linewidth=0.8)
     labels = [f"{item['case']['prompt_tokens']}\nx {item['case']['batch']}" for item in section]
     axes.set_xticks(range(len(section)), labels)
     axes.set_xlabel("prompt tokens x batch")
     axes.set_ylabel("added wall time in percent")
-    pairs = section[0]["pairs"] if section else 0
-    axes.set_title(f"matrix, {pairs} pairs each", size=11, loc="left")
+    pairs = sorted({item["pairs"] for item in section})
+    told = " or ".join(map(str, pairs))
+    axes.set_title(f"matrix, {told} pairs each", size=11, loc="left")
     axes.legend(frameon=False, ncols=4, fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, 1.0))
     axes.grid(axis="y", alpha=0.25)

@@ -1,13 +1,15 @@
 """Where the recorder's time goes: its functions timed from outside. Runs in the engine's process.
 
-CPU seconds of the thread that runs a function, so that what other processes do on the machine does
-not count. What a probe itself costs is measured on a function that does nothing, and taken off.
-Probed passes are never timed ones.
+The engine thread's parts take wall time, waits for Python's lock included: the median of a part's
+calls times their number, so that a call that another process interrupted does not count. The
+writer thread's work takes CPU time. What a probe itself costs is measured on a function that does
+nothing, and taken off. Probed passes are never timed ones.
 """
 
 from __future__ import annotations
 
 import importlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,17 +28,19 @@ class Point(NamedTuple):
     name: str
 
 
-#: Parts of a step on the engine thread. ``end`` holds snapshot, count and enqueue.
+#: Parts of a step on the engine thread, where ``end`` holds snapshot, count and enqueue; and what
+#: it does once a recording.
 ENGINE = (
     Point("hook ops", _MOE + "layer", "", "_log_moe_routes"),
     Point("hook ops", _MOE + "cpu_fused_moe", "", "_log_moe_routes"),
     Point("begin", _ROUTES + "recorder", "Recorder", "begin_step"),
     Point("end", _ROUTES + "recorder", "Recorder", "end_step"),
     Point("snapshot", _ROUTES + "recording", "", "put_together"),
-    Point("snapshot", _ROUTES + "snapshot", "HostSnapshotter", "take"),
     Point("count", _ROUTES + "counting", "HostCounter", "add"),
     Point("count", _ROUTES + "counting", "HostCounter", "take"),
     Point("enqueue", _ROUTES + "writer", "Writer", "put"),
+    Point("start", _ROUTES + "recorder", "Recorder", "start"),
+    Point("stop", _ROUTES + "recorder", "Recorder", "stop"),
 )
 #: The writer thread's work: all that a sink does.
 WRITER = tuple(
@@ -51,24 +55,23 @@ CALIBRATION = 2000
 
 
 class Spent(NamedTuple):
-    """CPU seconds and calls of one part."""
+    """Seconds of one part, and its calls."""
 
     seconds: float
     calls: int
 
 
 class Probes:
-    """Adds up what the points spend while :meth:`on`."""
+    """Collects what the points spend while :meth:`on`."""
 
     def __init__(self) -> None:
-        self._own = 0.0
-        self._seconds: dict[str, float] = {}
-        self._calls: dict[str, int] = {}
+        self._spent: dict[str, list[float]] = {}
         self._depth: dict[str, int] = {}
-        nothing = self._timed("nothing", lambda: None)
+        self._own = 0.0
+        nothing = self._timed("nothing", lambda: None, time.perf_counter)
         for _ in range(CALIBRATION):
             nothing()
-        self._own = self.take()["nothing"].seconds / CALIBRATION
+        self._own = statistics.median(self._spent.pop("nothing"))
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -79,7 +82,8 @@ class Probes:
             owner = getattr(holder, point.owner) if point.owner else holder
             original = owner.__dict__[point.name]
             put_back.append((owner, point.name, original))
-            setattr(owner, point.name, self._timed(point.part, original))
+            clock = time.thread_time if point in WRITER else time.perf_counter
+            setattr(owner, point.name, self._timed(point.part, original, clock))
         try:
             yield
         finally:
@@ -88,25 +92,28 @@ class Probes:
 
     def take(self) -> dict[str, Spent]:
         """What was spent since the last call."""
-        spent = {
-            part: Spent(max(0.0, seconds - self._calls[part] * self._own), self._calls[part])
-            for part, seconds in self._seconds.items()
+        spent, self._spent = self._spent, {}
+        writer = {point.part for point in WRITER}
+        return {
+            part: Spent(sum(each), len(each))
+            if part in writer
+            else Spent(max(0.0, statistics.median(each) - self._own) * len(each), len(each))
+            for part, each in spent.items()
         }
-        self._seconds, self._calls = {}, {}
-        return spent
 
-    def _timed(self, part: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(
+        self, part: str, original: Callable[..., Any], clock: Callable[[], float]
+    ) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             depth = self._depth.get(part, 0)
             self._depth[part] = depth + 1
-            start = time.thread_time()
+            start = clock()
             try:
                 return original(*args, **kwargs)
             finally:
+                spent = clock() - start
                 self._depth[part] = depth
                 if depth == 0:  # a part that calls itself, as close calls flush, counts once
-                    spent = time.thread_time() - start
-                    self._seconds[part] = self._seconds.get(part, 0.0) + spent
-                    self._calls[part] = self._calls.get(part, 0) + 1
+                    self._spent.setdefault(part, []).append(spent)
 
         return timed

@@ -74,12 +74,10 @@ class Bench:
         }
 
     def profile(self, mode: str, case: dict[str, int], layers: str | None = None) -> dict[str, Any]:
-        """One pass with probes in the recorder: CPU seconds and calls of every part."""
+        """One pass with probes in the recorder: seconds and calls of every part."""
         with self._probes.on():
             self._probes.take()
-            before = time.process_time()
             result = self.run(mode, case, layers)
-            result["process_cpu"] = time.process_time() - before
             result["parts"] = {k: v._asdict() for k, v in self._probes.take().items()}
         return result
 

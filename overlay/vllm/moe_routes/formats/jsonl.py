@@ -112,9 +112,8 @@ class JsonlLog:
 
     def _make_lines(self) -> None:
         passes, self._waiting, self._rows = self._waiting, [], 0
-        for data in self._lines.lines(passes):
-            # No request id can hold the mark of a flag: its quotes would be escaped.
-            self._file.put(data, Held(data.count(b"\n"), data.count(b',"flag":"')))
+        for data, held in self._lines.lines(passes):
+            self._file.put(data, held)
 
     def discard(self) -> None:
         self._file.discard()
@@ -155,7 +154,7 @@ def encode_routes(
         good: [n, L] bool; rows that are not are left out.
     """
     one = Pass(forward_pass_id, rows, topk_ids, topk_weights, good)
-    return b"".join(LineMaker(layers).lines([one]))
+    return b"".join(data for data, _ in LineMaker(layers).lines([one]))
 
 
 class LineMaker:
@@ -173,14 +172,15 @@ class LineMaker:
         )
         self._weights_key = _column([b'],"topk_weights":['] * CHUNK)
 
-    def lines(self, passes: Sequence[Pass]) -> Iterator[bytes]:
-        """The lines of ``passes``, some thousand at a time."""
+    def lines(self, passes: Sequence[Pass]) -> Iterator[tuple[bytes, Held]]:
+        """The lines of ``passes``, some thousand at a time, and what they hold."""
         if not any(item.rows.req_ids for item in passes):
             return
         head = _column([text for item in passes for text in _heads(item.rows)])
         tail = _column([text for item in passes for text in _tails(item.forward_pass_id)])
         codes = [item.rows.is_decode + 2 * item.rows.flags.astype(np.intp) for item in passes]
         code = np.concatenate([item + 2 * len(Flag) * i for i, item in enumerate(codes)])
+        flagged = np.concatenate([item.rows.flags for item in passes]) != 0
         topk_ids = np.concatenate([item.topk_ids for item in passes])
         topk_weights = np.concatenate([item.topk_weights for item in passes])
         token, slot = np.nonzero(np.concatenate([item.good for item in passes]))
@@ -203,7 +203,7 @@ class LineMaker:
                 ],
                 axis=1,
             ).reshape(-1)
-            yield text[text != 0].tobytes()
+            yield text[text != 0].tobytes(), Held(len(t), int(np.count_nonzero(flagged[t])))
 
 
 def _heads(rows: RowTable) -> list[bytes]:
