@@ -139,7 +139,7 @@ def test_an_error_in_the_recorder_is_counted_and_the_engine_goes_on(tmp_path: Pa
     def exhausted(*_: Any) -> None:
         raise MemoryError("no pinned memory left")
 
-    runner.moe_routes._source.snapshotter.take = exhausted  # type: ignore[union-attr, method-assign]
+    runner.moe_routes._recording._choices.routes = exhausted  # type: ignore[union-attr, method-assign]
     for _ in range(5):
         load.step()
     assert _do(runner, "stop")["ok"] is False

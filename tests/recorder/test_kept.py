@@ -2,98 +2,173 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.moe_routes import capture
-from vllm.moe_routes.kept import Kept, put_together
+from vllm.moe_routes import capture, kept
+from vllm.moe_routes.choices import BufferChoices, Choices
+from vllm.moe_routes.kept import Kept, KeptChoices
+from vllm.moe_routes.snapshot import HostSnapshotter
+from vllm.moe_routes.tally import PassTokens, Shape
 
-from tests.recorder.build import DEVICE, QUICK, a_layer
+from tests.recorder.build import QUICK, a_layer
 
-LAYERS, TOP_K, EXPERTS = 4, 2, 8
-
-
-def _buffer() -> capture.CaptureBuffer:
-    layers = [a_layer(i, top_k=TOP_K, num_experts=EXPERTS) for i in range(LAYERS)]
-    return capture.allocate(layers, 32, DEVICE)
+LAYERS, TOP_K, EXPERTS, ROWS = 4, 2, 8, 9
+HOST = torch.device("cpu")
+MODEL = [a_layer(i, top_k=TOP_K, num_experts=EXPERTS) for i in range(LAYERS)]
+Call = tuple[int, int, int, int]
 
 
-def _choices(n: int, seed: int, k: int = TOP_K, dtype: torch.dtype = torch.int32) -> list[Tensor]:
+def _router(n: int, seed: int, k: int = TOP_K) -> tuple[Tensor, Tensor]:
     made = torch.Generator().manual_seed(seed)
-    ids = torch.rand(n, EXPERTS, generator=made).topk(k).indices.to(dtype)
-    return [ids, torch.rand(n, k, generator=made)]
+    ids = torch.rand(n, EXPERTS, generator=made).topk(k).indices
+    return ids, torch.rand(n, k, generator=made)
 
 
-@QUICK
-@given(
-    slots=st.sets(st.integers(0, LAYERS - 1), min_size=1),
-    calls=st.lists(
+class Pass:
+    """The same calls of the hook, on both ways to a recording.
+
+    Args:
+        calls: layer, first row, rows, columns of each.
+        slots: layers that are recorded.
+        convert: of what the router returns.
+    """
+
+    def __init__(
+        self,
+        calls: list[Call],
+        slots: list[int],
+        num_rows: int = ROWS,
+        convert: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda ids, w: (ids, w),
+    ) -> None:
+        layers, self.kept = [MODEL[i] for i in slots], Kept()
+        shape, buffer = Shape.of(layers), capture.allocate(MODEL, 32, HOST)
+        empty = capture.allocate(MODEL, 0, HOST)
+        self.written: Choices = BufferChoices(buffer, slots, shape, HostSnapshotter())
+        self.handed: Choices = KeptChoices(self.kept, slots, shape, empty)
+        for choices in (self.written, self.handed):
+            choices.begin(num_rows)
+        for slot, row0, n, k in calls:
+            if slot in slots:
+                self.kept[slot, row0] = convert(*_router(n, seed=slot, k=k))
+        for (slot, row0), (ids, weights) in self.kept.items():
+            capture.moe_routes_capture(buffer.ids, buffer.weights, ids, weights, row0, slot)
+
+
+WHOLE = [(slot, 0, ROWS, TOP_K) for slot in range(LAYERS)]
+calls_of_a_pass = st.one_of(
+    st.just(WHOLE),  # as it nearly always is
+    st.lists(
         st.tuples(
             st.integers(0, LAYERS - 1),
             st.sampled_from([0, 0, 0, 3]),
-            st.integers(1, 9),
+            st.integers(1, ROWS),
             st.integers(1, 3),
         ),
         max_size=6,
     ),
-    whole=st.booleans(),
-    num_rows=st.integers(0, 9),
-    dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+some_slots = st.sets(st.integers(0, LAYERS - 1), min_size=1).map(sorted)
+
+
+@QUICK
+@given(
+    slots=some_slots,
+    calls=calls_of_a_pass,
+    num_rows=st.integers(0, ROWS),
+    ids=st.sampled_from([torch.int32, torch.int64]),
     weights=st.sampled_from([torch.float32, torch.bfloat16]),
+    picked=st.none() | st.sets(st.integers(0, ROWS - 1)).map(sorted),
 )
 def test_what_an_eager_pass_keeps_is_what_the_op_would_have_written(
-    slots: set[int],
-    calls: list[tuple[int, int, int, int]],
-    whole: bool,
+    slots: list[int],
+    calls: list[Call],
     num_rows: int,
-    dtype: torch.dtype,
+    ids: torch.dtype,
     weights: torch.dtype,
+    picked: list[int] | None,
 ) -> None:
-    """Layers that did not fire, fired for some rows or in chunks, or with a column too many."""
-    chosen = sorted(slots)
-    if whole:  # as it nearly always is
-        calls = [(slot, 0, 9, TOP_K) for slot in chosen]
-    calls = [call for call in calls if call[0] in slots]
-    one, other = _buffer(), _buffer()
-    kept: Kept = {}
-    for slot, row0, n, k in calls:
-        ids, given = _choices(n, seed=slot, k=k, dtype=dtype)
-        given = given.to(weights)
-        kept[slot, row0] = (ids, given)
-    for (slot, row0), (ids, given) in kept.items():
-        capture.moe_routes_capture(one.ids, one.weights, ids, given, row0, slot)
-    found = put_together(kept, chosen, other, num_rows)
-    wanted = one.narrowed(chosen)
-    assert torch.equal(found.copy_ids(num_rows), wanted.copy_ids(num_rows))
-    fired = wanted.copy_ids(num_rows) != wanted.not_an_id  # else there is no weight to speak of
-    assert torch.equal(found.copy_weights(num_rows)[fired], wanted.copy_weights(num_rows)[fired])
-    assert found.weights.dtype == torch.float32
-    assert not kept
-    assert found.own or not whole, "the usual pass goes the quick way"
+    """Layers that did not fire, fired for some rows, in chunks, or with a column too many."""
+    run = Pass(calls, slots, num_rows, lambda i, w: (i.to(ids), w.to(weights)))
+    rows = None if picked is None else np.array([i for i in picked if i < num_rows], dtype=np.int64)
+    tokens = torch.arange(100, 100 + ROWS)
+    wanted = run.written.routes(num_rows, tokens, rows).resolve()
+    found = run.handed.routes(num_rows, tokens, rows).resolve()
+    not_an_id = 255
+    assert found.topk_ids.tolist() == wanted.topk_ids.tolist()
+    fired = wanted.topk_ids != not_an_id  # else there is no weight to speak of
+    assert found.topk_weights[fired].tolist() == wanted.topk_weights[fired].tolist()
+    assert found.topk_weights.dtype == np.float32
+    assert found.token_ids.tolist() == wanted.token_ids.tolist()
+    assert not run.kept, "the next pass starts from nothing"
+
+
+@QUICK
+@given(slots=some_slots, calls=calls_of_a_pass, num_rows=st.integers(0, ROWS))
+def test_both_ways_count_a_pass_alike(slots: list[int], calls: list[Call], num_rows: int) -> None:
+    wanted = Pass(calls, slots, num_rows).written.counts(num_rows).resolve()
+    found = Pass(calls, slots, num_rows).handed.counts(num_rows).resolve()
+    assert found.tolist() == wanted.tolist()
+
+
+def _no_loss(tokens: PassTokens, error: Exception) -> None:
+    raise AssertionError(f"{tokens} lost: {error}")
+
+
+@pytest.mark.parametrize("waiting_bytes", [1, 10_000, 1 << 30])
+def test_passes_that_wait_to_be_counted_are_in_every_total(
+    monkeypatch: pytest.MonkeyPatch, waiting_bytes: int
+) -> None:
+    monkeypatch.setattr(kept, "WAITING_BYTES", waiting_bytes)
+    run = Pass(WHOLE, [1, 3])
+    written, handed = run.written.totals(_no_loss), run.handed.totals(_no_loss)
+    taken = dict(run.kept)
+    kinds = [PassTokens(ROWS, 0), PassTokens(0, ROWS), PassTokens(4, ROWS - 4)]
+    for i in range(12):
+        run.kept.update(taken)
+        written.add(kinds[i % 3])
+        handed.add(kinds[i % 3])
+        if i in (4, 5, 11):
+            assert handed.read().tolist() == written.read().tolist()
+    assert handed.read().sum() == 12 * ROWS * 2 * TOP_K
+
+
+def test_a_pass_that_can_not_be_counted_is_told_and_the_others_count() -> None:
+    run, told = Pass(WHOLE, [0]), []
+    totals = run.handed.totals(lambda tokens, error: told.append((tokens, str(error))))
+    taken = dict(run.kept)
+    for i in range(3):
+        run.kept.update({(0, 0): (torch.zeros(1, dtype=torch.int32),) * 2} if i == 1 else taken)
+        totals.add(PassTokens(ROWS - i, i))
+    assert totals.read().sum() == 2 * ROWS * TOP_K
+    assert [tokens for tokens, _ in told] == [PassTokens(ROWS - 1, 1)]
 
 
 def test_an_id_that_no_expert_has_keeps_its_value() -> None:
     """Cast to the buffer's dtype, 256 would be expert 0."""
-    ids, weights = _choices(3, 1)
-    ids[1, 0] = 256
-    found = put_together({(0, 0): (ids, weights)}, [0], _buffer(), 3)
-    assert found.ids[1, 0, 0] == 256
+
+    def broken(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        ids[1, 0] = 256
+        return ids, weights
+
+    run = Pass(WHOLE, [0], convert=broken)
+    assert run.handed.counts(ROWS).resolve()[0, -1] == 1
+    run = Pass(WHOLE, [0], convert=broken)
+    assert run.handed.routes(ROWS, None).resolve().topk_ids[1, 0, 0] == 256
 
 
 def test_passes_that_nobody_takes_do_not_pile_up() -> None:
-    kept: Kept = {}
-    for seed in range(50):
-        for slot in range(LAYERS):
-            kept[slot, 0] = tuple(_choices(2, seed))  # type: ignore[assignment]
-    assert len(kept) == LAYERS
+    run = Pass(WHOLE * 50, list(range(LAYERS)))
+    assert len(run.kept) == LAYERS
 
 
-def test_nobody_writes_to_what_is_handed_over() -> None:
-    choices = {(slot, 0): tuple(_choices(3, slot)) for slot in range(LAYERS)}
-    routers = {place: ids for place, (ids, _) in choices.items()}
-    found = put_together(dict(choices), list(range(LAYERS)), _buffer(), 3)  # type: ignore[arg-type]
-    before = found.copy_ids(3).clone()
-    for ids in routers.values():
-        ids.zero_()
-    assert torch.equal(found.copy_ids(3), before)
+def test_a_pass_that_waits_is_charged_for_all_that_it_keeps() -> None:
+    """Small batches: the tensors take more than their numbers."""
+    pending = Pass([(slot, 0, 1, TOP_K) for slot in range(LAYERS)], [0, 1, 2, 3], 1).handed
+    numbers = LAYERS * TOP_K * (8 + 4)
+    assert pending.routes(1, None).nbytes == numbers + 2 * LAYERS * kept.TENSOR_BYTES

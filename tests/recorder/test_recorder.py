@@ -196,7 +196,7 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     def exhausted(*_: Any) -> None:
         raise MemoryError("no pinned memory left")
 
-    runner.moe_routes._source.snapshotter.take = exhausted  # type: ignore[method-assign]
+    runner.moe_routes._recording._choices.routes = exhausted  # type: ignore[method-assign]
     for _ in range(3):
         runner.execute(("7-0000000a", 1, 2))
     assert "no pinned memory left" in _do(runner, "status")["error"]

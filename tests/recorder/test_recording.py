@@ -100,14 +100,14 @@ def test_a_pass_that_can_not_be_counted_stops_nothing_and_is_told(arm: Arm, tmp_
     runner = arm()
     begin(runner, "stat", tmp_path)
     recording = runner.moe_routes._recording  # type: ignore[union-attr]
-    add = recording._count.add  # type: ignore[union-attr]
+    add = recording._totals.add  # type: ignore[union-attr]
 
     def exhausted(*_: Any) -> None:
         raise MemoryError("no memory for indices")
 
-    recording._count.add = exhausted  # type: ignore[union-attr]
+    recording._totals.add = exhausted  # type: ignore[union-attr]
     runner.execute(("7-0000000a", 3, 3))
-    recording._count.add = add  # type: ignore[union-attr]
+    recording._totals.add = add  # type: ignore[union-attr]
     runner.execute(("8-0000000b", 2, 2))
     status = do(runner, "stop")
     assert "no memory for indices" in status["error"]

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes import tally
 from vllm.moe_routes.capture import CaptureBuffer, allocate
-from vllm.moe_routes.counting import DeviceCounter, HostCounter
+from vllm.moe_routes.counting import Counter
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.snapshot import HostSnapshotter
 from vllm.moe_routes.tally import PassTokens, Shape, Tally
 
 from tests.recorder.build import DEVICE, QUICK, a_layer, clean_routes
@@ -42,14 +41,11 @@ def naive(buffer: CaptureBuffer, n: int, layers: list[MoELayer]) -> list[list[in
     ]
 
 
-def zeros(shape: Shape, device: torch.device = DEVICE) -> torch.Tensor:
-    return torch.zeros((len(shape.layers), shape.width), dtype=torch.int64, device=device)
-
-
 def counted(buffer: CaptureBuffer, n: int, shape: Shape) -> torch.Tensor:
-    """[L, width] of the first ``n`` rows, counted on the device."""
-    counts = zeros(shape)
-    DeviceCounter(DEVICE, shape).add(counts, buffer, n)
+    """[L, width] of the first ``n`` rows, counted where they lie."""
+    counter = Counter(buffer, shape)
+    counts = counter.zeros()
+    counter.add(counts, n)
     return counts
 
 
@@ -64,25 +60,6 @@ def test_device_host_and_naive_counts_agree(layers: list[MoELayer], n: int, seed
         assert on_host[slot, : item.num_experts].tolist() == wanted
     assert not tally.lost_choices(on_host, n, shape).any()
     assert tally.verdict(on_host, n, shape, 0, 0)["verdict"] == "pass"
-
-
-@QUICK
-@given(layers=LAYERS, n=st.integers(0, 9), seed=st.integers(0, 99))
-def test_a_pass_is_counted_alike_on_the_host_and_on_a_device(
-    layers: list[MoELayer], n: int, seed: int
-) -> None:
-    """Added up at once, or taken to be counted by the writer thread."""
-    buffer, shape, host = filled(layers, n, seed), Shape.of(layers), torch.device("cpu")
-    buffer = buffer._replace(ids=buffer.ids.cpu(), weights=buffer.weights.cpu())
-    totals = zeros(shape, host) + 3
-    for counter in (HostCounter(host, shape), DeviceCounter(host, shape)):
-        before = totals.clone()
-        counter.add(totals, buffer, n)
-        taken = counter.take(buffer, n, HostSnapshotter())
-        buffer.ids[:n] += 1  # the next pass; what was taken stays
-        assert (totals - before).tolist() == taken.resolve().tolist()
-        buffer.ids[:n] -= 1
-        assert taken.resolve().tolist() == counted(filled(layers, n, seed), n, shape).tolist()
 
 
 def test_counting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,51 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choices of an eager pass on the host, kept as they are until the pass ends.
+"""Choices of an eager pass on the host: kept as the router returned them.
 
-An op costs its call there, not its bytes. So a layer's hook only keeps what the router returned,
-and all layers are copied by two calls once the pass is over: that copy is the snapshot. Compiled
-passes and CUDA graphs can hold no list; they write to the buffer.
+A copy of a few hundred bytes costs its call, not its bytes. So the hook keeps references, to
+tensors that a router makes afresh for every call and nobody writes to, and the pass's end hands
+them over. Who resolves them puts them together: the writer thread, or ``stat`` for many passes at
+a time. Compiled passes and CUDA graphs can hold no dictionary; they write to the buffer.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
-from vllm.moe_routes.capture import WEIGHT_DTYPE, CaptureBuffer, moe_routes_capture
+from vllm.moe_routes import tally
+from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.snapshot import Pending, Routes
+from vllm.moe_routes.tally import FORWARD_MODES, Counts, Lost, PassTokens, Shape
 
 #: By slot and first row, what a call of that layer's router returned: ids and weights, each
 #: [n, >= top_k]. A dictionary, so that passes nobody takes, as idle ranks run, don't pile up.
 Kept = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
+#: What a tensor takes beside its numbers, in bytes; charged to the queue.
+TENSOR_BYTES = 512
+#: What waits to be counted, at most: passes counted together cost less than one by one.
+WAITING_BYTES = 1 << 20
 
-def put_together(
-    kept: Kept, slots: Sequence[int], buffer: CaptureBuffer, num_rows: int
-) -> CaptureBuffer:
-    """A pass's choices as a buffer to read from; ``kept`` is empty afterwards.
+
+class KeptRoutes(NamedTuple):
+    """A ``snapshot.Pending`` of one pass.
+
+    Attributes:
+        kept: in the order in which the layers fired.
+        slots: [L] of the recorded layers, ascending.
+        buffer: gives dtype, K and ``not_an_id``; nothing is read from it.
+        num_rows: rows of the pass.
+        rows: [m] int64, the rows to take; None: all.
+        token_ids: [m] input token of every row, or None.
+        nbytes: what all of this keeps in memory.
+    """
+
+    kept: Kept
+    slots: Sequence[int]
+    buffer: CaptureBuffer
+    num_rows: int
+    rows: npt.NDArray[Any] | None
+    token_ids: npt.NDArray[Any] | None
+    nbytes: int
+
+    def resolve(self) -> Routes:
+        ids, weights = self._whole() or self._pieces()
+        if self.rows is not None:
+            return Routes(ids[self.rows], weights[self.rows], self.token_ids)
+        return Routes(ids[: self.num_rows], weights[: self.num_rows], self.token_ids)
+
+    def _whole(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+        """[n, L, K] each, where every layer was called once for all rows, as nearly always."""
+        choices = list(self.kept.values())
+        shapes = {ids.shape for ids, _ in choices}
+        if len(shapes) != 1 or list(self.kept) != [(slot, 0) for slot in self.slots]:
+            return None
+        n, k = next(iter(shapes))
+        if n < self.num_rows or k != self.buffer.ids.shape[2]:
+            return None
+        # In memory layer by layer. The ids keep the router's dtype, so that none wraps around.
+        ids = np.concatenate([ids.numpy() for ids, _ in choices])
+        weights = np.concatenate([given.float().numpy() for _, given in choices])
+        shape = (len(choices), n, k)
+        return ids.reshape(shape).transpose(1, 0, 2), weights.reshape(shape).transpose(1, 0, 2)
+
+    def _pieces(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The same, with ``not_an_id`` where nothing was chosen."""
+        shape = (self.num_rows, len(self.slots), self.buffer.ids.shape[2])
+        ids = np.full(shape, self.buffer.not_an_id, dtype=np.int64)
+        weights = np.zeros(shape, dtype=np.float32)
+        for (slot, row0), (chosen, given) in self.kept.items():
+            at = self.slots.index(slot)
+            n = max(0, min(len(chosen), self.num_rows - row0))  # behind them is padding
+            k = min(chosen.shape[1], shape[2])  # columns past K are fused shared experts
+            ids[row0 : row0 + n, at, :k] = chosen[:n, :k].numpy()
+            weights[row0 : row0 + n, at, :k] = given[:n, :k].float().numpy()
+        return ids, weights
+
+
+class KeptCounts(NamedTuple):
+    """A ``snapshot.Pending`` that counts once it is resolved."""
+
+    routes: KeptRoutes
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.routes.nbytes
+
+    def resolve(self) -> Counts:
+        return tally.count_choices(self.routes.resolve().topk_ids, self.shape)
+
+
+class KeptChoices:
+    """A ``choices.Choices`` of what the hooks keep.
 
     Args:
-        kept: of the pass, in the order in which the layers fired.
-        slots: [L] of the recorded layers, ascending.
-        buffer: the whole one; holds what does not come as one call a layer over all rows.
-        num_rows: rows of the pass.
-
-    Returns:
-        One whose first ``num_rows`` rows are [num_rows, L, K]. Where a layer did not fire, or not
-        for all rows, ``not_an_id`` stands there.
+        kept: where they keep it.
+        slots: of the recorded layers.
+        shape: what to count over.
+        buffer: as of :class:`KeptRoutes`.
     """
-    places, choices = list(kept), list(kept.values())
-    kept.clear()
-    shapes = {ids.shape for ids, _ in choices}
-    if len(shapes) == 1 and places == [(slot, 0) for slot in slots]:
-        n, k = next(iter(shapes))
-        if n >= num_rows and k == buffer.ids.shape[2]:
-            weights = torch.stack([given for _, given in choices], dim=1)
-            # The ids keep the router's dtype: a call less, and none wraps around.
-            return buffer._replace(
-                ids=torch.stack([ids for ids, _ in choices], dim=1),
-                weights=weights.to(WEIGHT_DTYPE),
-                own=True,
-            )
-    buffer.clear(num_rows)
-    for (slot, row0), (ids, given) in zip(places, choices, strict=True):
-        moe_routes_capture(buffer.ids, buffer.weights, ids, given, row0, slot)
-    return buffer.narrowed(slots)
+
+    def __init__(
+        self, kept: Kept, slots: Sequence[int], shape: Shape, buffer: CaptureBuffer
+    ) -> None:
+        self._kept = kept
+        self._slots = list(slots)
+        self._shape = shape
+        self._buffer = buffer
+
+    def begin(self, num_rows: int) -> None:
+        self._kept.clear()  # of a pass that nobody takes
+
+    def routes(
+        self, num_rows: int, token_ids: Tensor | None, rows: npt.NDArray[Any] | None = None
+    ) -> KeptRoutes:
+        kept = dict(self._kept)
+        self._kept.clear()
+        tokens = None
+        if token_ids is not None:
+            tokens = token_ids[:num_rows].numpy()[slice(None) if rows is None else rows].copy()
+        size = sum(ids.nbytes + given.nbytes + 2 * TENSOR_BYTES for ids, given in kept.values())
+        return KeptRoutes(kept, self._slots, self._buffer, num_rows, rows, tokens, size)
+
+    def counts(self, num_rows: int) -> Pending:
+        return KeptCounts(self.routes(num_rows, None), self._shape)
+
+    def totals(self, lost: Lost) -> "KeptTotals":
+        return KeptTotals(self, self._shape, lost)
+
+
+class KeptTotals:
+    """A ``choices.Totals`` that counts some passes at a time.
+
+    Args:
+        choices: of the passes.
+        shape: what to count over.
+        lost: told of passes that can't be counted.
+    """
+
+    def __init__(self, choices: KeptChoices, shape: Shape, lost: Lost) -> None:
+        self._choices = choices
+        size = (len(FORWARD_MODES), len(shape.layers), shape.width)
+        self._counts = np.zeros(size, dtype=np.int64)
+        self._lost = lost
+        self._waiting: list[tuple[PassTokens, Pending]] = []
+        self._bytes = 0
+
+    def add(self, tokens: PassTokens) -> None:
+        taken = self._choices.counts(tokens.total)
+        self._waiting.append((tokens, taken))
+        self._bytes += taken.nbytes
+        if self._bytes >= WAITING_BYTES:
+            self._count()
+
+    def read(self) -> npt.NDArray[np.int64]:
+        self._count()
+        return self._counts.copy()
+
+    def _count(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        for tokens, taken in waiting:
+            try:
+                self._counts[tokens.forward_mode] += taken.resolve()
+            except Exception as error:  # the engine must go on
+                self._lost(tokens, error)

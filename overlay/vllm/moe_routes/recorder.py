@@ -136,17 +136,17 @@ class Recorder:
         self._header = provenance.header(
             self._vllm_config, runner.device, self._layers, num_moe_layers, self._rank()
         )
+        # Without graphs, which bake the hook in, the layers of a running recording are tapped and
+        # no others; and on the host they keep what they chose, and write to no buffer.
+        self._taps_stay = provenance.execution(self._vllm_config) != "eager"
+        keeps = not self._taps_stay and runner.device.type == "cpu"
+        kept: Kept | None = {} if keeps else None
         # A pass is padded up to a multiple of the tensor-parallel size where it is split by it.
         num_rows = round_up(
             self._vllm_config.scheduler_config.max_num_batched_tokens,
             self._vllm_config.parallel_config.tensor_parallel_size,
         )
-        buffer = capture.allocate(self._layers, num_rows, runner.device)
-        # Without graphs, which bake the hook in, the layers of a running recording are tapped and
-        # no others; and on the host a pass's choices are copied once, when it is over.
-        self._taps_stay = provenance.execution(self._vllm_config) != "eager"
-        keeps = not self._taps_stay and runner.device.type == "cpu"
-        kept: Kept | None = {} if keeps else None
+        buffer = capture.allocate(self._layers, 0 if keeps else num_rows, runner.device)
         self._source = Source(
             runner,
             buffer,

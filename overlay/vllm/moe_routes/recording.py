@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 from vllm.logger import init_logger
 from vllm.moe_routes import formats, tally
 from vllm.moe_routes.capture import CaptureBuffer
 from vllm.moe_routes.chain import Chain, Part
+from vllm.moe_routes.choices import BufferChoices, Choices
 from vllm.moe_routes.clock import Clock
 from vllm.moe_routes.config import RouteLogConfig
-from vllm.moe_routes.counting import COUNTERS, Counter
-from vllm.moe_routes.kept import Kept, put_together
+from vllm.moe_routes.kept import Kept, KeptChoices
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.rows import Step, StopRule
 from vllm.moe_routes.sample import Sample
 from vllm.moe_routes.session import Session
 from vllm.moe_routes.snapshot import Snapshotter
-from vllm.moe_routes.tally import Shape, Tally
+from vllm.moe_routes.tally import PassTokens, Shape, Tally
 from vllm.moe_routes.writer import Writer
 
 logger = init_logger(__name__)
@@ -71,8 +70,6 @@ class Recording:
 
     def __init__(self, source: Source, layers: Sequence[MoELayer], slots: Sequence[int]) -> None:
         self._source = source
-        self._slots = list(slots)
-        self._buffer = source.buffer.narrowed(slots)
         self.layers = list(layers)
         self.shape = Shape.of(layers)
         self.since = time.time()
@@ -80,6 +77,11 @@ class Recording:
         #: Forward passes that began and never ended: the engine raised an error in them.
         self.passes_unfinished = 0
         self._in_pass = False
+        self._choices: Choices = (
+            BufferChoices(source.buffer, slots, self.shape, source.snapshotter)
+            if source.kept is None
+            else KeptChoices(source.kept, slots, self.shape, source.buffer)
+        )
 
     def begin(self, scheduler_output: Any) -> None:
         """Note what a step starts and ends. Also called for steps without a forward pass."""
@@ -87,12 +89,7 @@ class Recording:
         self.passes_unfinished += self._in_pass
         num_rows = scheduler_output.total_num_scheduled_tokens
         self._in_pass = num_rows > 0
-        # Warm-up passes, padding and older passes left rows there, which a layer that does not
-        # fire would repeat.
-        if self._source.kept is None:
-            self._buffer.clear(num_rows)
-        else:
-            self._source.kept.clear()
+        self._choices.begin(num_rows)
 
     def end(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Take the forward pass that just ran. Never raises: the engine must go on.
@@ -146,16 +143,6 @@ class Recording:
             **self._status(),
         }
 
-    def _choices(self, num_rows: int) -> CaptureBuffer:
-        """The pass's choices, in its first ``num_rows`` rows."""
-        if self._source.kept is None:
-            return self._buffer
-        return put_together(self._source.kept, self._slots, self._source.buffer, num_rows)
-
-    def _counter(self) -> Counter:
-        device = self._buffer.ids.device
-        return COUNTERS[device.type](device, self.shape)
-
     def _arrays(self, num_reqs: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The runner's own arrays: computed tokens and prompt tokens of the batch's requests."""
         batch = self._source.runner.input_batch
@@ -197,13 +184,8 @@ class StatRecording(Recording):
 
     def __init__(self, source: Source, layers: Sequence[MoELayer], slots: Sequence[int]) -> None:
         super().__init__(source, layers, slots)
-        self._count = self._counter()
-        self._device_counts = torch.zeros(
-            (len(tally.FORWARD_MODES), len(layers), self.shape.width),
-            dtype=torch.int64,
-            device=self._buffer.ids.device,
-        )
-        #: Its counts stay zero: they are on the device.
+        self._totals = self._choices.totals(self._lose)
+        #: Its counts stay zero: they are in the totals.
         self._tally = Tally(self.shape)
         self._error: str | None = None
         self._verdict: dict[str, Any] | None = None
@@ -214,16 +196,24 @@ class StatRecording(Recording):
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         computed, prompt = self._arrays(len(num_scheduled_tokens))
         tokens = tally.pass_tokens(num_scheduled_tokens, computed, prompt)
-        totals = self._device_counts[tokens.forward_mode]
-        self._count.add(totals, self._choices(tokens.total), tokens.total)
+        self._totals.add(tokens)
         self._tally.add_pass(tokens)
 
+    def _lose(self, tokens: PassTokens, error: Exception) -> None:
+        self._tally.add_pass(tokens, -1)
+        self._count_as_lost(tokens.total, error)
+
     def _fail(self, error: Exception, num_scheduled_tokens: npt.NDArray[Any]) -> None:
+        self._count_as_lost(int(num_scheduled_tokens.sum()), error)
+
+    def _count_as_lost(self, num_tokens: int, error: Exception) -> None:
         self._passes_lost += 1
-        self._lost_tokens += int(num_scheduled_tokens.sum())
+        self._lost_tokens += num_tokens
         if self._error is None:
             self._error = f"{type(error).__name__}: {error}"
-            logger.exception("A pass could not be counted; generation goes on. %s", self._error)
+            logger.error(
+                "A pass could not be counted; generation goes on. %s", self._error, exc_info=error
+            )
 
     def _close(self, reason: str, timeout: float) -> None:
         self._counted(0)
@@ -233,8 +223,7 @@ class StatRecording(Recording):
         return True
 
     def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
-        # Waits for the passes in flight, for no longer than one of them takes.
-        counts = self._device_counts.cpu().numpy()
+        counts = self._totals.read()
         every, tokens = counts.sum(axis=0), sum(self._tally.tokens)
         self._lost_rows = tally.lost_rows(every, tokens, self.shape)
         unfinished = self.passes_unfinished + self._passes_lost
@@ -334,7 +323,6 @@ class PassRecording(_FileRecording):
         header: dict[str, Any],
     ) -> None:
         super().__init__(source, layers, slots)
-        self._count = self._counter()
         self._write_to(
             lambda path, facts: PassLog(
                 path,
@@ -352,7 +340,7 @@ class PassRecording(_FileRecording):
 
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         num_rows = int(num_scheduled_tokens.sum())
-        counts = self._count.take(self._choices(num_rows), num_rows, self._source.snapshotter)
+        counts = self._choices.counts(num_rows)
         elapsed = self._source.clock.stop()
         computed, prompt = self._arrays(len(num_scheduled_tokens))
         self._writer.put(
@@ -425,16 +413,14 @@ class TokenRecording(_FileRecording):
         runs_ahead = runner.use_async_scheduling
         tokens = runner.input_ids.gpu if runs_ahead else None
         num_rows = int(num_scheduled_tokens.sum())
-        choices, skipped = self._choices(num_rows), 0
+        wanted, skipped = None, 0
         if self._sample is not None:
             kept = self._sample.rows(req_ids, num_scheduled_tokens)
             req_ids = [req_ids[i] for i in kept.requests]
             computed, prompt = computed[kept.requests], prompt[kept.requests]
-            skipped, num_rows = num_rows - len(kept.rows), len(kept.rows)
+            wanted, skipped = kept.rows, num_rows - len(kept.rows)
             num_scheduled_tokens = num_scheduled_tokens[kept.requests]
-            index = torch.from_numpy(kept.rows).to(choices.ids.device)
-            choices = choices.picked(index)
-            tokens = None if tokens is None else tokens[index]
+        some = num_rows > skipped
         step = Step(
             forward_pass_id=self._step_id,
             req_ids=req_ids.copy(),
@@ -444,7 +430,7 @@ class TokenRecording(_FileRecording):
             new_requests=self._new,
             stop_rules=self._stop_rules(req_ids) if runs_ahead else {},
             finished=self._finished,
-            pending=self._source.snapshotter.take(choices, num_rows, tokens) if num_rows else None,
+            pending=self._choices.routes(num_rows, tokens, wanted) if some else None,
             skipped=skipped,
         )
         self._finished = []

@@ -7,7 +7,7 @@ without looking at the routes, so that no mode has to copy anything per token to
 They cover everything that was executed, recomputed and overrun rows included: that is the load.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,10 @@ class PassTokens(NamedTuple):
         return 1 if self.decode else 0
 
 
+#: Told of a pass that can't be counted, and why.
+Lost = Callable[[PassTokens, Exception], None]
+
+
 def pass_tokens(
     num_scheduled_tokens: npt.NDArray[Any],
     num_computed_tokens: npt.NDArray[Any],
@@ -51,9 +55,12 @@ def pass_tokens(
         num_computed_tokens: [R] position of every request's first row.
         num_prompt_tokens: [R].
     """
-    left = np.maximum(num_prompt_tokens.astype(np.int64) - num_computed_tokens, 0)
-    prefill = int(np.minimum(num_scheduled_tokens, left).sum())
-    return PassTokens(prefill, int(num_scheduled_tokens.sum()) - prefill)
+    total = int(num_scheduled_tokens.sum())
+    left = num_prompt_tokens - num_computed_tokens
+    if left.max(initial=0) <= 0:  # nearly every pass: fewer calls on the engine's thread
+        return PassTokens(0, total)
+    prefill = int(np.minimum(num_scheduled_tokens, np.maximum(left, 0)).sum())
+    return PassTokens(prefill, total - prefill)
 
 
 class Shape(NamedTuple):
@@ -114,11 +121,11 @@ class Tally:
         self.passes = [0, 0, 0]
         self.tokens = [0, 0]
 
-    def add_pass(self, tokens: PassTokens) -> None:
-        """Account for a pass, whose counts may be kept elsewhere."""
-        self.passes[tokens.forward_mode] += 1
-        self.tokens[0] += tokens.prefill
-        self.tokens[1] += tokens.decode
+    def add_pass(self, tokens: PassTokens, times: int = 1) -> None:
+        """Account for a pass, whose counts may be kept elsewhere; -1 times takes one back."""
+        self.passes[tokens.forward_mode] += times
+        self.tokens[0] += times * tokens.prefill
+        self.tokens[1] += times * tokens.decode
 
     def add(self, tokens: PassTokens, counts: npt.NDArray[Any]) -> None:
         """Account for a pass and its [L, width] counts."""

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A forward pass's choices, taken before the next pass runs."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.counting import Counter
+from vllm.moe_routes.snapshot import Pending, Snapshotter
+from vllm.moe_routes.tally import FORWARD_MODES, Lost, PassTokens, Shape
+
+
+class Totals(Protocol):
+    """Counts of passes, added up by kind of pass."""
+
+    def add(self, tokens: PassTokens) -> None:
+        """Add the pass that just ran, now or later; what can't be counted is told to ``lost``."""
+
+    def read(self) -> npt.NDArray[np.int64]:
+        """[3, L, width] of every pass so far."""
+
+
+class Choices(Protocol):
+    """Where one recording takes the choices of every pass from, on the engine thread."""
+
+    def begin(self, num_rows: int) -> None:
+        """Forget what is there: a pass of ``num_rows`` rows begins."""
+
+    def routes(
+        self, num_rows: int, token_ids: Tensor | None, rows: npt.NDArray[Any] | None = None
+    ) -> Pending:
+        """The pass's ids and weights, to be resolved to ``snapshot.Routes``.
+
+        Args:
+            num_rows: rows of the pass.
+            token_ids: [>= num_rows] input token of every row, where they are needed.
+            rows: [m] int64, the rows to take; None takes all.
+        """
+
+    def counts(self, num_rows: int) -> Pending:
+        """The pass's counts, to be resolved to [L, width] int64."""
+
+    def totals(self, lost: Lost) -> Totals:
+        """What adds passes up without taking any of them to the host."""
+
+
+class BufferChoices:
+    """Of layers that write to the capture buffer.
+
+    Args:
+        buffer: the whole one.
+        slots: of the recorded layers.
+        shape: what to count over.
+        snapshotter: the device's.
+    """
+
+    def __init__(
+        self,
+        buffer: CaptureBuffer,
+        slots: Sequence[int],
+        shape: Shape,
+        snapshotter: Snapshotter,
+    ) -> None:
+        self._buffer = buffer.narrowed(slots)
+        self._snapshotter = snapshotter
+        self._counter = Counter(self._buffer, shape)
+
+    def begin(self, num_rows: int) -> None:
+        # Warm-up passes, padding and older passes left rows there, which a layer that does not
+        # fire would repeat.
+        self._buffer.clear(num_rows)
+
+    def routes(
+        self, num_rows: int, token_ids: Tensor | None, rows: npt.NDArray[Any] | None = None
+    ) -> Pending:
+        if rows is None:
+            return self._snapshotter.take(self._buffer, num_rows, token_ids)
+        index = torch.from_numpy(rows).to(self._buffer.ids.device)
+        tokens = None if token_ids is None else token_ids[index]
+        return self._snapshotter.take(self._buffer.picked(index), len(rows), tokens)
+
+    def counts(self, num_rows: int) -> Pending:
+        counts = self._counter.zeros()
+        self._counter.add(counts, num_rows)
+        return self._snapshotter.take_array(counts)
+
+    def totals(self, lost: Lost) -> Totals:
+        return BufferTotals(self._counter, lost)
+
+
+class BufferTotals:
+    """Adds up where the buffer lies.
+
+    Args:
+        counter: of the buffer.
+        lost: told of passes that can't be counted.
+    """
+
+    def __init__(self, counter: Counter, lost: Lost) -> None:
+        self._counter = counter
+        self._counts = counter.zeros(len(FORWARD_MODES))
+        self._lost = lost
+
+    def add(self, tokens: PassTokens) -> None:
+        try:
+            self._counter.add(self._counts[tokens.forward_mode], tokens.total)
+        except Exception as error:  # the engine must go on
+            self._lost(tokens, error)
+
+    def read(self) -> npt.NDArray[np.int64]:
+        # Waits for the passes in flight, for no longer than one of them takes.
+        counts: npt.NDArray[np.int64] = self._counts.cpu().numpy()
+        return counts
