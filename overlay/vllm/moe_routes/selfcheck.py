@@ -28,6 +28,8 @@ class SelfCheck:
         self._written = np.zeros(size, dtype=np.int64)
         self._scheduled = 0
         self._dropped = 0
+        #: Whether the last pass had every row, and nothing was wrong with any.
+        self.was_clean = False
         #: Layers that chose the same top_k, so that a step is checked in as few calls as possible.
         self._groups = [
             (top_k, np.array([i for i, item in enumerate(layers) if item.top_k == top_k]))
@@ -55,7 +57,8 @@ class SelfCheck:
             written: the others are counted as lost.
         """
         self._scheduled += num_scheduled
-        if self._is_clean(topk_ids, topk_weights):
+        self.was_clean = self._is_clean(topk_ids, topk_weights)
+        if self.was_clean:
             self._written += len(topk_ids)
             return np.ones(topk_ids.shape[:2], dtype=bool)
         good = np.empty(topk_ids.shape[:2], dtype=bool)

@@ -119,8 +119,10 @@ class Session:
             return
         routes = step.pending.resolve()
         good = self._check.step(num_rows, routes.topk_ids, routes.topk_weights)
-        rows = self._book.place(step, routes.token_ids, np.all(good, axis=1))
-        written = int(good.sum())
+        every = self._check.was_clean  # nearly always, and there is less to look at then
+        rows = self._book.place(step, routes.token_ids, None if every else good.all(axis=1))
+        written = good.size if every else int(good.sum())
+        flagged = int(good[rows.flags != 0].sum()) if rows.flags.any() else 0
         self._file.write_routes(
             step.forward_pass_id, rows, routes.topk_ids, routes.topk_weights, good
         )
@@ -132,7 +134,7 @@ class Session:
             self.tally.add(tokens, counts)
             self.passes += 1
             self.rows += written
-            self.rows_flagged += int(good[rows.flags != 0].sum())
+            self.rows_flagged += flagged
             self.drops["not_captured"] = self._check.rows_not_captured
 
     def lose(self, step: Step) -> None:

@@ -123,7 +123,8 @@ class ParquetLog:
             )
         )
         self._rows += len(ids)
-        self._flagged += int(np.count_nonzero(good[rows.flags != 0]))
+        if rows.flags.any():
+            self._flagged += int(np.count_nonzero(good[rows.flags != 0]))
         self._bytes += self._passes[-1].topk_ids.nbytes + self._passes[-1].topk_weights.nbytes
         if self._rows >= PART_ROWS or self._bytes >= PART_BYTES:
             self.flush()
