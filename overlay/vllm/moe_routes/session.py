@@ -120,7 +120,7 @@ class Session:
         routes = step.pending.resolve()
         good = self._check.step(num_rows, routes.topk_ids, routes.topk_weights)
         every = self._check.was_clean  # nearly always, and there is less to look at then
-        rows = self._book.place(step, routes.token_ids, None if every else good.all(axis=1))
+        rows = self._book.place(step, routes.token_ids, None if every else np.all(good, axis=1))
         written = good.size if every else int(good.sum())
         flagged = int(good[rows.flags != 0].sum()) if rows.flags.any() else 0
         self._file.write_routes(
