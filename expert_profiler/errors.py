@@ -40,6 +40,13 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # as in: … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A name that the system takes for none, such as one of thousands of characters.
+        if error.filename is None:
+            raise
+        told = UserError(f"{str(error.filename)[:200]}: {error.strerror}; give another name")
+        print(f"error: {told}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
