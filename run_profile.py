@@ -149,7 +149,7 @@ def engine_settings(
     """Arguments of ``vllm.LLM``."""
     max_model_len = args.max_model_len or preset.max_model_len
     if max_model_len is None:
-        longest = (config or {}).get("max_position_embeddings", 2048)
+        longest = (config or {}).get("max_position_embeddings") or 2048
         max_model_len = min(longest, 2048)
     eager = on_cpu if args.enforce_eager is None else args.enforce_eager
     return {

@@ -163,7 +163,7 @@ def check_config(model: str, config: Mapping[str, Any], layers: str) -> None:
         config: its ``config.json``.
         layers: the layer selection, "all", "0" or "0,3-5".
     """
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     depth = text.get("num_hidden_layers") if isinstance(text, dict) else None
     longest = config.get("max_position_embeddings")
     for key, value in (("num_hidden_layers", depth), ("max_position_embeddings", longest)):

@@ -10,13 +10,15 @@ import httpx
 import openai
 
 PROMPTS = [f"{i} bakers fill {i + 3} trays with rolls. " * (1 + i % 3) for i in range(6)]
+MAX_TOKENS = 300
 
 
 class Clients:
     """Streaming completions, each client one after the other, until the server goes or they stop.
 
     ``executed`` counts what the clients saw: prompt + received - 1 tokens of every answer, whole
-    or cut. The server may have executed more, and never less.
+    or cut. The server may have executed more, and never less. ``owed`` is what it executes where it
+    goes on to the end of every request.
     """
 
     def __init__(self, url: str, prompts: list[str] = PROMPTS) -> None:
@@ -26,6 +28,7 @@ class Clients:
         self._threads = [threading.Thread(target=self._run, args=(p,)) for p in prompts]
         #: Tokens.
         self.executed = 0
+        self.owed = 0
         self.whole = 0
         self.cut = 0
 
@@ -41,7 +44,7 @@ class Clients:
             stream = self._client.completions.create(
                 model="tiny",
                 prompt=prompt,
-                max_tokens=300,
+                max_tokens=MAX_TOKENS,
                 temperature=0,
                 stream=True,
                 stream_options={"include_usage": True},
@@ -57,6 +60,7 @@ class Clients:
             with self._lock:
                 if usage is not None and usage.completion_tokens:
                     self.executed += usage.prompt_tokens + usage.completion_tokens - 1
+                    self.owed += usage.prompt_tokens + MAX_TOKENS - 1
                 self.whole += whole
                 self.cut += not whole
                 if not whole:
