@@ -28,7 +28,7 @@ QUIET_SECONDS = 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     _check_output(args.out, args.log, args.force)
     # Only now: a wrong command line need not wait for these.
     from expert_profiler import plots

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler import engine, model_sizes, models, patching, timing
-from expert_profiler.errors import UserError, run
+from expert_profiler.errors import UserError, parsed, run
 from expert_profiler.prompts import PromptSet, load_prompts, write_prompts
 
 ROUTES, OUTPUTS, TIMING, PROMPTS = "moe_routes.jsonl", "outputs.jsonl", "timing.json", "prompts.txt"
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="run without compilation and CUDA graphs [on CPU: yes, on CUDA: no]")  # fmt: skip
     add("--force", action="store_true", help="overwrite artifacts in --out")
     add("--verbose", action="store_true", help="leave vLLM's messages on the terminal")
-    return parser.parse_args(argv)
+    return parsed(parser, argv)
 
 
 def positive(text: str) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -20,6 +21,15 @@ class UserError(Exception):
 
 
 EXIT_CODE = 2
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """``parser.parse_args``, which lets a "--" too many through as an empty list of words."""
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        if action.nargs in (None, "?") and isinstance(getattr(args, action.dest, None), list):
+            parser.error(f"{action.dest} is missing: '--' is no name")
+    return args
 
 
 def run(main: Callable[[], int]) -> int:

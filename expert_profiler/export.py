@@ -51,7 +51,7 @@ GROUP BY ALL
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     _check_output(args)
     from expert_profiler import tokens
     from expert_profiler.reader import open_log

@@ -341,7 +341,7 @@ def parse_end(path: Path, raw: dict[str, Any]) -> End:
             ),
             raw=raw,
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}, last line: malformed end record: {reason}; {RECORD_AGAIN}") from (
             None

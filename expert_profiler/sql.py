@@ -90,10 +90,12 @@ def ask(db: duckdb.DuckDBPyConnection, query: str) -> Any:
     except duckdb.Error as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{' '.join(lines[:2])}; the relations are listed by: --help") from None
+    except UnicodeDecodeError:  # DuckDB cut its own message within a character of the query
+        raise UserError("DuckDB refuses the query; the relations are listed by: --help") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     outputs = _outputs(args.log, args.outputs)
     with open_log(args.log) as log:
         for note in log.notes:

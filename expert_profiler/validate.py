@@ -72,7 +72,7 @@ def validate(paths: dict[str, Path]) -> list[Check]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     checks = validate(_paths(args))
     width = max(len(check.name) for check in checks)
     for check in checks:

@@ -201,6 +201,31 @@ def test_any_command_line_is_answered_in_a_line(command: str, harmless: Path) ->
     check()
 
 
+def test_a_plot_or_an_export_never_takes_the_place_of_what_is_no_file(ground: Path) -> None:
+    """Such as /dev/null, for somebody who may do that."""
+    places = _lay_out(ground)
+    pipe = ground / "pipe.npz"
+    os.mkfifo(pipe)
+    for main, words in (
+        (make_hist.main, [places["LOG"], "--out", str(pipe), "--force"]),
+        (export.main, [places["LOG"], "--format", "npz", "--out", str(pipe), "--force"]),
+    ):
+        code, _, err = run_command(main, words)
+        assert code == 2 and "is no plain file" in err
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("main", [convert.main, export.main, make_hist.main, make_tiny_moe.main])
+@pytest.mark.parametrize("words", [["--", "--"], ["LOG", "--", "--"], ["--", "--", "--"]])
+def test_words_that_end_the_options_are_no_names(
+    main: Main, words: list[str], harmless: Path
+) -> None:
+    places = _lay_out(harmless)
+    line = [_filled(word, places) for word in words]
+    code, out, err = run_command(main, line)
+    check_answer(line, code, out, err)
+
+
 def _well_meant(command: str) -> list[str]:
     """What the command needs to get past its parser."""
     return {
