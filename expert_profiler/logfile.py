@@ -246,7 +246,7 @@ def parse_header(path: Path, line: bytes) -> Meta:
         raise bad_line_error(path, 1, f'the header ("type": "meta") must come first, found {found}')
     try:
         return _parse_meta(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise bad_line_error(path, 1, f"malformed header: {error}") from None
 
 

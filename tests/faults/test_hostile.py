@@ -187,7 +187,9 @@ KEYS = sorted(
     value=values,
 )
 # DuckDB cuts the message it makes of this line within a character, depending on the path's length.
-@example("meta", "cached_tokens", [None, [None], {"": "<script>alert(1)</script>"}, {"0\x80": None}])
+@example(
+    "meta", "cached_tokens", [None, [None], {"": "<script>alert(1)</script>"}, {"0\x80": None}]
+)
 def test_a_wrong_value_anywhere_is_read_or_refused_in_one_line(
     tmp_path: Path, where: str, key: str, value: Any
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -87,7 +86,7 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
          "--max-tokens", "8", "--layers", "0,3-5", "all", "--repeats", "--temperature", "--seed",
          "--tensor-parallel-size", "2", "--max-model-len", "--dtype", "--no-enforce-eager"],
     ),
-    "benchmarks.overhead": (_benchmark, ["--quick", "--model", "OUT", "--out", "--pairs", "--keep"]),
+    "benchmarks.overhead": (_benchmark, ["--quick", "--model", "OUT", "--out", "--pairs"]),
     "make_tiny_moe": (
         make_tiny_moe.main,
         ["FREE", "--layers", "--experts", "--top-k", "--hidden", "--seed", "--force", "--reuse"],
@@ -124,7 +123,7 @@ def harmless(monkeypatch: pytest.MonkeyPatch, ground: Path) -> Path:
     monkeypatch.setattr(compare.subprocess, "run", _heavy)
     monkeypatch.setattr(make_tiny_moe, "build", _heavy)
     monkeypatch.setattr(hub, "answer", lambda path: None)
-    monkeypatch.setattr(models, "gpus", lambda: [])
+    monkeypatch.setattr(models, "gpus", list)
     find = patching.find_target
     monkeypatch.setattr(
         patching, "find_target", lambda root=None, **k: find(root if root else ground, **k)
@@ -149,7 +148,7 @@ def _filled(word: str, places: dict[str, str]) -> str:
 
 
 def run_command(main: Main, words: list[str]) -> tuple[Any, str, str]:
-    """(exit code, standard output, standard error); code 0 where it was about to do what takes minutes."""
+    """(exit code, output, errors); code 0 where it was about to do what takes minutes."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

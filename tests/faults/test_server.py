@@ -115,7 +115,7 @@ def test_a_killed_engine_core_leaves_what_was_flushed_and_no_process(
             flushed = under_load(server)
             os.kill(engine, signal.SIGKILL)
         server.reap(60)
-        gone, alive = psutil.wait_procs(everyone, 60)
+        _, alive = psutil.wait_procs(everyone, 60)
         assert not alive, "vLLM's server notices and goes, and takes the recorder with it"
     held = check_cut(log, flushed)
     print(
