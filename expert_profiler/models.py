@@ -180,8 +180,8 @@ def check_config(model: str, config: Mapping[str, Any], layers: str) -> None:
             f"{model} is a dense model (its config.json names no experts); "
             "choose a Mixture-of-Experts model with --model"
         )
-    beyond = [n for n in numbers(layers) if depth is not None and n >= depth]
-    if beyond:
+    beyond = [] if depth is None else [n for n in numbers(layers) if n >= depth]
+    if depth is not None and beyond:
         raise UserError(
             f"layer {beyond[0]} is not in {model}, which has layers 0 to {depth - 1}; "
             "choose others with --layers"

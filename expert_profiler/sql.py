@@ -82,6 +82,8 @@ def ask(db: duckdb.DuckDBPyConnection, query: str) -> Any:
     """
     import duckdb
 
+    if any("\ud800" <= character <= "\udfff" for character in query):
+        raise UserError("the query is no UTF-8; write it in UTF-8")
     try:
         statements = duckdb.extract_statements(query)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
