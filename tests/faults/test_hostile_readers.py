@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import run_profile
@@ -287,6 +287,8 @@ KEYS = sorted(
     value=anything,
     seed=st.one_of(st.none(), st.integers(0, 1 << 40)),
 )
+@example("meta", "device", "\ud800", None)
+@example("end", "reason", "\ud800", None)
 def test_every_script_answers_for_a_damaged_log_in_one_line(
     tmp_path: Path,
     where: str,
