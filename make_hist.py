@@ -28,7 +28,7 @@ QUIET_SECONDS = 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     _check_output(args.out, args.log, args.force)
     # Only now: a wrong command line need not wait for these.
     from expert_profiler import plots
@@ -170,6 +170,8 @@ def _check_output(out: Path, log: Path, force: bool) -> None:
         raise UserError(f"no directory {out.parent} for the plot; make it: mkdir -p {out.parent}")
     if out.exists() and log.exists() and out.samefile(log):
         raise UserError(f"--out {out} is the log itself; choose another --out")
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out {out} is no plain file; choose another --out")
     if out.exists() and not force:
         raise UserError(f"{out} exists; replace it with --force, or choose another --out")
 

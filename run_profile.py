@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler import engine, model_sizes, models, patching, timing
-from expert_profiler.errors import UserError, run
+from expert_profiler.errors import UserError, parsed, run
 from expert_profiler.prompts import PromptSet, load_prompts, write_prompts
 
 ROUTES, OUTPUTS, TIMING, PROMPTS = "moe_routes.jsonl", "outputs.jsonl", "timing.json", "prompts.txt"
@@ -73,7 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="run without compilation and CUDA graphs [on CPU: yes, on CUDA: no]")  # fmt: skip
     add("--force", action="store_true", help="overwrite artifacts in --out")
     add("--verbose", action="store_true", help="leave vLLM's messages on the terminal")
-    return parser.parse_args(argv)
+    return parsed(parser, argv)
 
 
 def positive(text: str) -> int:
@@ -149,7 +149,7 @@ def engine_settings(
     """Arguments of ``vllm.LLM``."""
     max_model_len = args.max_model_len or preset.max_model_len
     if max_model_len is None:
-        longest = (config or {}).get("max_position_embeddings", 2048)
+        longest = (config or {}).get("max_position_embeddings") or 2048
         max_model_len = min(longest, 2048)
     eager = on_cpu if args.enforce_eager is None else args.enforce_eager
     return {

@@ -28,7 +28,7 @@ PHASES = ("all", "prefill", "decode")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     if len(args.logs) < 2:
         raise UserError("one log can't be compared; name two or more")
     names = _names(args.logs, args.names)

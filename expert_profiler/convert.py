@@ -55,7 +55,7 @@ def convert(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     from tqdm import tqdm
 
     with tqdm(desc="converting", unit=" rows", unit_scale=True, delay=2) as bar:

@@ -67,3 +67,7 @@ def told(files: Sequence[LogFile]) -> Iterator[None]:
         logfile.raise_bad_line(files)
         fact = str(error).splitlines()[0]
         raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None
+    except UnicodeDecodeError:  # DuckDB cut its own message within a character of the log
+        logfile.raise_bad_line(files)
+        fact = "DuckDB refuses a line, and what it says of it is no text"
+        raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -20,6 +21,15 @@ class UserError(Exception):
 
 
 EXIT_CODE = 2
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """``parser.parse_args``, which lets a "--" too many through as an empty list of words."""
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        if action.nargs in (None, "?") and isinstance(getattr(args, action.dest, None), list):
+            parser.error(f"{action.dest} is missing: '--' is no name")
+    return args
 
 
 def run(main: Callable[[], int]) -> int:
@@ -40,6 +50,13 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # as in: … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A name that the system takes for none, such as one of thousands of characters.
+        if error.filename is None:
+            raise
+        told = UserError(f"{str(error.filename)[:200]}: {error.strerror}; give another name")
+        print(f"error: {told}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -51,7 +51,7 @@ GROUP BY ALL
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     _check_output(args)
     from expert_profiler import tokens
     from expert_profiler.reader import open_log
@@ -225,6 +225,8 @@ def _check_output(args: argparse.Namespace) -> None:
         )
     if not args.out.parent.is_dir():
         raise UserError(f"no directory {args.out.parent}; make it: mkdir -p {args.out.parent}")
+    if args.out.exists() and not args.out.is_file():
+        raise UserError(f"--out {args.out} is no plain file; choose another --out")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out} exists; replace it with --force, or choose another --out")
 

@@ -239,6 +239,7 @@ def parse_header(path: Path, line: bytes) -> Meta:
     """The header; ``path`` is where it stands."""
     try:
         raw = json.loads(line)
+        _check_text(raw)
     except (ValueError, RecursionError):
         raise bad_line_error(path, 1, "not valid JSON, so not the header of a route log") from None
     if not isinstance(raw, dict) or raw.get("type") != "meta":
@@ -246,8 +247,13 @@ def parse_header(path: Path, line: bytes) -> Meta:
         raise bad_line_error(path, 1, f'the header ("type": "meta") must come first, found {found}')
     try:
         return _parse_meta(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise bad_line_error(path, 1, f"malformed header: {error}") from None
+
+
+def _check_text(raw: object) -> None:
+    """JSON can escape half a character, which no page and no other log can hold: ValueError."""
+    json.dumps(raw, ensure_ascii=False).encode()
 
 
 def _parse_meta(raw: dict[str, Any]) -> Meta:
@@ -327,6 +333,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
 def parse_end(path: Path, raw: dict[str, Any]) -> End:
     """The end record; ``path`` is where it stands."""
     try:
+        _check_text(raw)
         check = raw.get("self_check") or {}
         return End(
             reason=str(raw.get("reason", "unknown")),
@@ -341,7 +348,7 @@ def parse_end(path: Path, raw: dict[str, Any]) -> End:
             ),
             raw=raw,
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}, last line: malformed end record: {reason}; {RECORD_AGAIN}") from (
             None

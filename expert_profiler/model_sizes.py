@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Which full-precision presets fit a GPU, with the arithmetic.",
     )
     parser.add_argument("--gib", type=float, default=16.0, help="free GPU memory in GiB [16]")
-    args = parser.parse_args(argv)
+    args = errors.parsed(parser, argv)
     print(table(args.gib))
     print("next: python3 -m expert_profiler.compare gptq granite-3b --out DIR (runs both)")
     return 0

@@ -119,7 +119,8 @@ def resolve(name: str, has_gpu: bool) -> Preset:
 def is_tiny(path: Path) -> bool:
     """Whether a checkpoint came out of ``tools/make_tiny_moe.py``."""
     card = path / "README.md"
-    return card.is_file() and "random weights" in card.read_text(encoding="utf-8").lower()
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return "random weights" in text.lower()
 
 
 def read_config(model: str) -> Mapping[str, Any] | None:
@@ -145,7 +146,9 @@ def read_config(model: str) -> Mapping[str, Any] | None:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; check: ls -l {file}") from None
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{file} is not JSON ({error}); download the checkpoint again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object; download the checkpoint again")
@@ -160,15 +163,25 @@ def check_config(model: str, config: Mapping[str, Any], layers: str) -> None:
         config: its ``config.json``.
         layers: the layer selection, "all", "0" or "0,3-5".
     """
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
+    depth = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    longest = config.get("max_position_embeddings")
+    for key, value in (("num_hidden_layers", depth), ("max_position_embeddings", longest)):
+        if value is not None and not (type(value) is int and 0 < value < 1 << 62):
+            raise UserError(
+                f"the config.json of {model} has no number of {key}; download the checkpoint again"
+            )
+    if not isinstance(text, dict):
+        raise UserError(
+            f"text_config in the config.json of {model} is no object; download the checkpoint again"
+        )
     if not any(text.get(key) for key in EXPERT_KEYS):
         raise UserError(
             f"{model} is a dense model (its config.json names no experts); "
             "choose a Mixture-of-Experts model with --model"
         )
-    depth = text.get("num_hidden_layers")
-    beyond = [n for n in numbers(layers) if depth is not None and n >= depth]
-    if beyond:
+    beyond = [] if depth is None else [n for n in numbers(layers) if n >= depth]
+    if depth is not None and beyond:
         raise UserError(
             f"layer {beyond[0]} is not in {model}, which has layers 0 to {depth - 1}; "
             "choose others with --layers"

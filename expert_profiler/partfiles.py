@@ -47,7 +47,7 @@ def open_dataset(path: Path) -> LogFile:
             "move the parts after it away"
         )
     sizes = [part.stat().st_size for part in parts]
-    end = logfile.parse_end(parts[-1], json.loads(footers[-1][END])) if ended else None
+    end = logfile.parse_end(parts[-1], _record(parts[-1], footers[-1][END])) if ended else None
     before_end = sum(sizes[:-1]) if ended else sum(sizes)
     return LogFile(path, sum(sizes), meta, end, before_end, 0, tuple(parts))
 
@@ -60,9 +60,27 @@ def requests(file: LogFile) -> Iterator[tuple[int, dict[str, Any]]]:
     for part in file.parts:
         metadata = pq.read_metadata(part)
         for line in (metadata.metadata or {}).get(REQUESTS, b"").splitlines():
-            record = json.loads(line)
-            yield rows + int(record.pop("after_rows")), record
+            record = _record(part, line)
+            after, cached = record.pop("after_rows", None), record.get("cached_tokens") or 0
+            if "req_id" not in record or not all(_is_count(n) for n in (after, cached)):
+                raise UserError(f"{part} has a request record without its keys; {RECORD_AGAIN}")
+            yield rows + after, record
         rows += metadata.num_rows
+
+
+def _record(part: Path, data: bytes) -> dict[str, Any]:
+    """A JSON object of a part's footer."""
+    try:
+        record = json.loads(data)
+    except (RecursionError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{part} has a record in its footer that is no JSON object; {RECORD_AGAIN}")
+    return record
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _parts(path: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expert_profiler.errors import UserError, run
+from expert_profiler.errors import UserError, parsed, run
 from expert_profiler.patchfile import FileChange, Patch, blob_id, parse_patch, transformed
 from expert_profiler.replacing import Change, commit, sweep
 
@@ -508,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--root", type=Path, metavar="DIR", help="folder that contains vllm/, as an unpacked wheel"
     )
     parser.add_argument("--patch", type=Path, metavar="FILE", help=f"default: {DEFAULT_PATCH.name}")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
 
     if args.action == "check":
         report = inspect(args.root, args.patch)

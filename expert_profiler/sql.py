@@ -82,6 +82,8 @@ def ask(db: duckdb.DuckDBPyConnection, query: str) -> Any:
     """
     import duckdb
 
+    if any("\ud800" <= character <= "\udfff" for character in query):
+        raise UserError("the query is no UTF-8; write it in UTF-8")
     try:
         statements = duckdb.extract_statements(query)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
@@ -90,10 +92,12 @@ def ask(db: duckdb.DuckDBPyConnection, query: str) -> Any:
     except duckdb.Error as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{' '.join(lines[:2])}; the relations are listed by: --help") from None
+    except UnicodeDecodeError:  # DuckDB cut its own message within a character of the query
+        raise UserError("DuckDB refuses the query; the relations are listed by: --help") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     outputs = _outputs(args.log, args.outputs)
     with open_log(args.log) as log:
         for note in log.notes:

@@ -42,6 +42,8 @@ META_KEYS: dict[str, type | tuple[type, ...]] = {
     "layers_logged": list,
     "top_k": int,
 }
+#: No figure of a run is larger; a JSON number may be, and then is no float.
+MOST = 10**300
 TIMING_KEYS = ("wall_time_sec", "tokens_generated", "tokens_per_sec")
 
 
@@ -70,7 +72,7 @@ def validate(paths: dict[str, Path]) -> list[Check]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = errors.parsed(_parser(), argv)
     checks = validate(_paths(args))
     width = max(len(check.name) for check in checks)
     for check in checks:
@@ -295,7 +297,7 @@ def _timing(path: Path | None) -> Check:
         return Check("timing", "skip", f"no {NAMES['timing']}")
     try:
         timing = json.loads(_read(path))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         return Check("timing", "FAIL", f"{path.name} is not valid JSON: {error}")
     if not isinstance(timing, dict):
         return Check("timing", "FAIL", f"{path.name} holds no object")
@@ -307,7 +309,11 @@ def _timing(path: Path | None) -> Check:
     for mode in modes:
         runs = timing[mode] if isinstance(timing[mode], dict) else {}
         wrong += [f"{mode}.{key}" for key in TIMING_KEYS if not _positive(runs.get(key))]
-        for number, run in enumerate(runs.get("repeats") or []):
+        repeats = runs.get("repeats") or []
+        if not isinstance(repeats, list):
+            wrong.append(f"{mode}.repeats")
+            continue
+        for number, run in enumerate(repeats):
             figures = run if isinstance(run, dict) else {}
             wrong += [
                 f"{mode}.repeats[{number}].{key}"
@@ -337,8 +343,8 @@ def _positive(value: Any) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
+        and 0 < value < math.inf
+        and (isinstance(value, float) or value < MOST)
     )
 
 

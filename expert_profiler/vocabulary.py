@@ -15,6 +15,8 @@ from expert_profiler.tokens import TokenBatch
 
 #: The permutation test of a layer looks at no more tokens than this.
 SAMPLE_TOKENS = 20_000
+#: Token ids are below this in any vocabulary: the tokenizers package takes 32 bits.
+MOST_TOKENS = 1 << 31
 
 
 class UnavailableError(Exception):
@@ -60,6 +62,8 @@ def read_tokens(outputs: Path) -> dict[str, npt.NDArray[np.int64]]:
             try:
                 record = json.loads(line)
                 ids = [*record["prompt_token_ids"], *record["token_ids"]]
+                if not all(type(token) is int and 0 <= token < MOST_TOKENS for token in ids):
+                    raise ValueError("not a token id")
                 found[str(record["req_id"])] = np.array(ids, dtype=np.int64)
             except (KeyError, RecursionError, TypeError, ValueError) as error:
                 what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
@@ -112,7 +116,13 @@ def _texts(tokenizer_file: Path, ids: npt.NDArray[np.int64]) -> tuple[list[str],
     """The text of each id, and the texts that are control tokens."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the package raises no type of its own
+        raise UserError(
+            f"cannot read {tokenizer_file}: {str(error)[:200]}; name a checkpoint's folder with "
+            "--tokenizer"
+        ) from None
     special = {
         str(token.content)
         for token in tokenizer.get_added_tokens_decoder().values()

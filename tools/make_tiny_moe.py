@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from expert_profiler.errors import UserError, run
+from expert_profiler.errors import UserError, parsed, run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -340,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} ({value})")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint in OUT_DIR")
     parser.add_argument("--reuse", action="store_true", help="keep it if it has these very options")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     spec = TinyMoeSpec(args.layers, args.experts, args.top_k, args.hidden, seed=args.seed)
     spec.check()
     if args.reuse and holds(args.out, spec):

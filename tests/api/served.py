@@ -80,8 +80,17 @@ class VllmServer:
         content: dict[str, Any] = self.http.get("/expert_distribution_status").json()
         return content
 
+    @property
+    def pid(self) -> int:
+        """Of the server's own process, not of its engine's."""
+        return self._process.pid
+
+    def reap(self, seconds: float) -> int:
+        """Wait until it is gone by itself; its exit code."""
+        return self._process.wait(seconds)
+
     def stop(self) -> None:
-        """Ctrl-C, and its end."""
+        """SIGTERM, and its end."""
         self.http.close()
         self._process.terminate()
         try:

@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import make_asgi_app
 from vllm.entrypoints.serve.expert_distribution import engines as engines_module
+from vllm.moe_routes import config
 from vllm.moe_routes.config import MODES
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -384,6 +385,30 @@ def test_status_tells_what_every_worker_does(serve: Serve) -> None:
     assert server.status()["model"] == "tiny", "not its path"
     assert second["rows"] == 0
     assert first["files"][0].startswith("per_token-")
+
+
+@pytest.mark.parametrize("mode", ["per_token", "per_pass"])
+def test_every_file_of_a_rotated_recording_is_named(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(config, "LEAST_BYTES", 1)  # bounds of bytes, not of files' worth of them
+    monkeypatch.setenv("VLLM_LOG_MOE_MAX_BYTES", "70000")
+    monkeypatch.setenv("VLLM_LOG_MOE_ON_MAX", "rotate")
+    server = serve()
+    server.post("configure", mode=mode, path="run1/x.jsonl")
+    assert server.post("start")["files"] == ["run1/x.jsonl"]
+    for i in range(240):
+        server.engines.execute((f"{i}-{i:08x}", 8, 8))
+    dump = server.post("dump", summary_only=False)  # waits until all is written
+    there = sorted(path.name for path in (server.folder / "run1").iterdir())
+    names = ["run1/x.jsonl"] + [f"run1/x.{n}.jsonl" for n in range(2, len(there) + 1)]
+    assert len(there) >= 3
+    assert server.status()["workers"][0]["files"] == names
+    assert dump["workers"][0]["files"] == names
+    assert dump["summary"]["workers"][0]["files"] == names
+    assert server.post("stop")["files"] == names
+    ends = [read_lines(server.folder / name)[-1] for name in names]
+    assert [end.get("next") for end in ends] == [Path(name).name for name in names[1:]] + [None]
 
 
 # ---- who may ask, and for what -------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -142,3 +143,32 @@ def test_an_engine_that_is_killed_leaves_what_was_flushed(model: Path, tmp_path:
                 [LAYERS],
             )
             assert torn <= 1
+
+
+@pytest.mark.skipif(not FULL, reason="starts engines; python -m tests.faults.full runs it")
+@pytest.mark.parametrize("where", ["here", "core"])
+def test_an_engine_whose_model_raises_dies_of_it_and_ends_its_log(
+    model: Path, tmp_path: Path, where: str
+) -> None:
+    """In the caller's process, and in one of its own; the rows of the pass that raised are none."""
+    log = tmp_path / "x.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.engine_raises", str(model), str(log), where],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    said = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    cause = "illegal memory access" if where == "here" else "EngineDeadError"
+    assert cause in said["told"], "the caller gets the model's error, as without a recorder"
+    end = end_of(log)
+    assert end is not None and end["reason"] == "shutdown"
+    held = routes_in(log)
+    executed = said["tokens"] * LAYERS
+    note(Row("real engine, exception in the model", 1, executed, end["rows"], held, lost(end)))
+    assert held == executed, "every pass before it"
+    assert end["passes_unfinished"] == 1
+    failed = [c["detail"] for c in end["self_check"]["checks"] if c["verdict"] == "fail"]
+    assert failed == ["1 passes began and raised an error"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vllm.moe_routes.config import VARIABLES, RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
@@ -186,6 +186,10 @@ KEYS = sorted(
     key=st.sampled_from(KEYS),
     value=values,
 )
+# DuckDB cuts the message it makes of this line within a character, depending on the path's length.
+@example(
+    "meta", "cached_tokens", [None, [None], {"": "<script>alert(1)</script>"}, {"0\x80": None}]
+)
 def test_a_wrong_value_anywhere_is_read_or_refused_in_one_line(
     tmp_path: Path, where: str, key: str, value: Any
 ) -> None:
@@ -308,7 +312,7 @@ def test_any_command_line_is_answered_in_a_line(
     if code == 2:
         told = [line for line in err.getvalue().splitlines() if "error:" in line]
         assert len(told) == 1, err.getvalue()[-2000:]
-        assert len(told[0]) < 12_000
+        assert len(told[0]) < 2_000 + 5 * sum(map(len, given)), "no longer than what it is about"
 
 
 # ---- environment variables -------------------------------------------------------------------

@@ -61,8 +61,12 @@ def test_every_row_between_a_start_and_its_stop_is_in_that_file(
             status = _do(runner, "status")
             totals, files = status["so_far"], status["files"]
         held = sum(routes_in(Path(name)) for name in files)
-        name = f"start/stop between passes, {on_max} at the bound"
-        note(Row(name, 1, executed, totals["rows"], held, lost(totals), left_out(totals)))
+        note(
+            Row(
+                f"start/stop between passes, {on_max} at the bound",
+                1, executed, totals["rows"], held, lost(totals), left_out(totals),
+            )
+        )  # fmt: skip
         assert all(end_of(Path(item)) is not None for item in files)
 
 

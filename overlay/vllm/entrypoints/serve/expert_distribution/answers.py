@@ -37,7 +37,6 @@ def status(replies: Sequence[Reply]) -> dict[str, Any]:
 def worker(reply: Reply) -> dict[str, Any]:
     """One worker's part of the status."""
     so_far = reply.get("so_far", {})
-    path = relative(reply["directory"], reply.get("path"))
     return {
         "rank": reply["global_rank"],
         **reply["rank"],
@@ -51,7 +50,7 @@ def worker(reply: Reply) -> dict[str, Any]:
         "rows": so_far.get("rows", 0),
         "bytes": so_far.get("bytes", 0),
         "drops": so_far.get("drops", {}),
-        "files": [path] if path else [],
+        "files": _files(reply),
         "waiting_bytes": reply.get("waiting_bytes", 0),
         "waiting_passes": reply.get("waiting_passes", 0),
         "self_check": reply.get("self_check"),
@@ -173,5 +172,5 @@ def _counts(reply: Reply) -> "np.ndarray[Any, Any]":
 
 
 def _files(reply: Reply) -> list[str]:
-    path = relative(reply["directory"], reply.get("path"))
-    return [path] if path else []
+    """In order, where a recording with a bound went on in a next file."""
+    return [str(relative(reply["directory"], path)) for path in reply.get("files", ())]
