@@ -94,7 +94,8 @@ class Plan:
         headline: the case of the targets, and its pairs a mode.
         matrix: the other cases.
         processes: interleaved rounds of unpatched and unset engines; 0: none.
-        profiled_passes: passes whose parts are timed, a mode.
+        profiled: the headline's load for longer, so that what a recording takes once hardly counts,
+            and its passes a mode.
         fit: loads and layer counts that the cost is fitted over.
         synthetic_rows: rows of the writer's throughput, a format.
         sustained_seconds: of the writer's paced run.
@@ -105,25 +106,21 @@ class Plan:
     headline_pairs: int
     matrix: tuple[Cell, ...]
     processes: int
-    profiled_passes: int
+    profiled: tuple[Case, int]
     fit: tuple[tuple[int, str], ...]
     synthetic_rows: int
     sustained_seconds: float
     simulated_minutes: float
 
 
-#: Prompt tokens of a pass above which it takes seconds on two cores, and above which tens of them.
-LONG, LONGEST = 2_000, 10_000
+#: Prompt tokens of a pass above which it takes seconds on two cores.
+LONG = 2_000
 
 
 def cell(prompt_tokens: int, batch: int) -> Cell:
-    """A case of the full matrix: the longer its passes take, the fewer of them."""
-    case, tokens = Case(prompt_tokens, batch, output_tokens=8), prompt_tokens * batch
-    if tokens > LONGEST:
-        return Cell(case, ("parquet", "jsonl"), 1)
-    if tokens > LONG:
-        return Cell(case, ("stat", "per_pass", "parquet", "jsonl"), 1)
-    return Cell(case, MATRIX_MODES, 2)
+    """A case of the full matrix: long passes in two modes only."""
+    modes = ("parquet", "jsonl") if prompt_tokens * batch > LONG else MATRIX_MODES
+    return Cell(Case(prompt_tokens, batch, output_tokens=8), modes, 1)
 
 
 FULL = Plan(
@@ -131,22 +128,22 @@ FULL = Plan(
     headline_pairs=20,
     matrix=tuple(cell(prompt, batch) for prompt in (16, 128, 512) for batch in (1, 8, 32)),
     processes=3,
-    profiled_passes=5,
+    profiled=(Case(prompt_tokens=16, batch=25, output_tokens=32), 2),
     fit=tuple((batch, layers) for batch in (1, 8, 25) for layers in ("0", "0-11", "all")),
     synthetic_rows=4_000_000,
     sustained_seconds=60,
     simulated_minutes=30,
 )
 QUICK = Plan(
-    headline=Case(prompt_tokens=16, batch=4, output_tokens=4),
+    headline=Case(prompt_tokens=4, batch=2, output_tokens=3),
     headline_pairs=2,
-    matrix=(Cell(Case(16, 1, 4), MATRIX_MODES, 1),),
+    matrix=(Cell(Case(4, 1, 3), MATRIX_MODES, 1),),
     processes=0,
-    profiled_passes=1,
-    fit=((1, "0"), (1, "all"), (4, "0"), (4, "all")),
-    synthetic_rows=200_000,
-    sustained_seconds=2,
-    simulated_minutes=0.5,
+    profiled=(Case(prompt_tokens=4, batch=2, output_tokens=4), 1),
+    fit=((1, "0"), (1, "all"), (2, "0"), (2, "all")),
+    synthetic_rows=100_000,
+    sustained_seconds=1,
+    simulated_minutes=0.2,
 )
 
 

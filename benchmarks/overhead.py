@@ -128,12 +128,7 @@ def measure(plan: Plan, pairs: int, model: str, folder: Path, progress: Progress
             for case, modes, pairs in plan.matrix
         ]
         progress.say("where the time goes")
-        base = [
-            value
-            for mode in headline["modes"].values()
-            for value in mode["seconds"]["wall"]["base"]["values"]
-        ]
-        profile = profile_in(engine, plan, float(np.median(base)))
+        profile = profile_in(engine, plan)
         fit = fit_in(engine, plan, progress)
         armed_ops = len(engine.ask("ops"))
     processes = None
@@ -160,7 +155,7 @@ def case_in_one_engine(
 ) -> dict[str, Any]:
     """Every mode against the baseline, in rounds."""
     found: dict[str, list[Pair]] = {mode: [] for mode in modes}
-    engine.run(BASE, case)  # this case's shapes for the first time
+    engine.run(BASE, Case(case.prompt_tokens, case.batch, 2))  # these shapes for the first time
     for number in range(pairs):
         progress.say(f"{case.name}: round {number + 1} of {pairs}")
         slots = schedule(modes, number)
@@ -223,12 +218,14 @@ def case_over_processes(
     }
 
 
-def profile_in(engine: Engine, plan: Plan, base_wall: float) -> dict[str, Any]:
-    """The time of the recorder's parts in the headline case, by mode."""
-    case = plan.headline
+def profile_in(engine: Engine, plan: Plan) -> dict[str, Any]:
+    """The time of the recorder's parts, by mode."""
+    case, passes = plan.profiled
+    base = [engine.run(BASE, case) for _ in range(passes + 1)][1:]
+    base_wall = float(np.median([figures.wall(item) for item in base]))
     modes = {
         name: figures.profile(
-            [engine.run(name, case, do="profile") for _ in range(plan.profiled_passes)], base_wall
+            [engine.run(name, case, do="profile") for _ in range(passes)], base_wall
         )
         for name in PROFILED
     }

@@ -95,7 +95,8 @@ def processes(section: Mapping[str, Any] | None) -> str:
 def profile(section: Mapping[str, Any]) -> str:
     parts = ("hook ops", "begin", "snapshot", "count", "enqueue", "end")
     lines = [
-        f"Where the time goes: {section['case']['name']}; microseconds of the engine thread a step "
+        f"Where the time goes: {section['case']['name']}, {section['case']['output_tokens']} "
+        "output tokens; microseconds of the engine thread a step "
         "(end holds snapshot, count and enqueue), milliseconds a recording, CPU seconds of the "
         "writer",
         f"{'mode':<11}" + "".join(f"{part:>10}" for part in parts)

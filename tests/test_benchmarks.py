@@ -247,7 +247,7 @@ def a_record() -> dict[str, Any]:
             "ops": {"unpatched": 10, "unset": 10, "armed": 10},
             **section(["unpatched again", "unset"]),
         },
-        "profile": {"case": {"name": CASE.name}, "modes": {"stat": profiled}},
+        "profile": {"case": {"name": CASE.name, "output_tokens": 3}, "modes": {"stat": profiled}},
         "fit": {"jsonl, writer thread": figures.fit([1, 2, 3], [1, 1, 1], [2, 3, 4])},
         "writer": {
             "shape": [61, 256, 8],

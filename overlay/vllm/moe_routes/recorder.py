@@ -17,16 +17,11 @@ from vllm.moe_routes import config as config_module
 from vllm.moe_routes.clock import CLOCKS
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import ConflictError, RouteLogError
+from vllm.moe_routes.file_recording import PassRecording, TokenRecording
 from vllm.moe_routes.hooks import LogicalIds, Tap
 from vllm.moe_routes.kept import Kept
 from vllm.moe_routes.mapping import Layout
-from vllm.moe_routes.recording import (
-    PassRecording,
-    Recording,
-    Source,
-    StatRecording,
-    TokenRecording,
-)
+from vllm.moe_routes.recording import Recording, Source, StatRecording
 from vllm.moe_routes.snapshot import SNAPSHOTTERS
 from vllm.utils.math_utils import round_up
 

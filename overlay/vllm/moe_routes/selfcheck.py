@@ -89,8 +89,11 @@ class SelfCheck:
         # not_an_id is no expert of any layer, so this sees it too.
         if topk_ids.min() < 0 or topk_ids.max() >= self._num_experts.min():
             return False
-        ordered = np.sort(topk_ids, axis=2)
-        return not (ordered[..., 1:] == ordered[..., :-1]).any()
+        by_rank = np.ascontiguousarray(topk_ids.transpose(2, 0, 1))
+        # Every rank against the one after it, the second after it, …: much quicker than sorting.
+        return not any(
+            (by_rank[shift:] == by_rank[:-shift]).any() for shift in range(1, len(by_rank))
+        )
 
     @property
     def rows_not_captured(self) -> int:

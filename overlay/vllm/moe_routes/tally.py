@@ -99,7 +99,8 @@ def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> Counts:
     """
     num_layers = len(shape.layers)
     ids = topk_ids.astype(np.int64)
-    ids &= 0xFFFFFFFF  # below zero is no small number then
+    if topk_ids.dtype.kind == "i":
+        ids &= 0xFFFFFFFF  # below zero is no small number then
     np.minimum(ids, shape.num_experts, out=ids)
     ids += np.arange(num_layers)[None, :, None] * shape.width
     counted = np.bincount(ids.ravel(), minlength=num_layers * shape.width)
