@@ -12,7 +12,7 @@ import tests.recorder.conftest  # noqa: F401  puts this checkout's recorder firs
 # isort: split
 from vllm.moe_routes import provenance, recorder
 
-from tests.faults.table import TABLE, as_lines
+from tests.faults.table import TABLE, Row, as_lines
 from tests.faults.victim import group
 
 
@@ -24,6 +24,19 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "get_pp_group", group)
     monkeypatch.setattr(recorder, "get_tp_group", group)
     monkeypatch.setattr(provenance, "patch_id", lambda: "0123abcd")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A test process of several hands its part of the table over."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["faults"] = [tuple(row) for row in TABLE]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """And the process that started it takes it."""
+    TABLE.extend(Row(*row) for row in getattr(node, "workeroutput", {}).get("faults", ()))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
