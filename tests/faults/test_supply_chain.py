@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.client import pristine_vllm
 from expert_profiler import patching
 from expert_profiler.errors import UserError
 from expert_profiler.patchfile import parse_patch
-from tests.engine.harness import pristine_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 
