@@ -175,6 +175,43 @@ def test_an_idle_writer_does_nothing() -> None:
     writer.close("stop", SOON)
 
 
+def test_passes_gather_before_they_are_written() -> None:
+    sink = FakeSink()
+    writer = Writer(sink, 1 << 20, "block", NEVER)
+    seen: list[int] = []
+    sink.before = lambda: seen.append(writer.waiting_steps)
+    for i in range(5):
+        writer.put(_step(i))
+    writer.drain(SOON)
+    assert sink.consumed == list(range(5))
+    assert seen == [5, 4, 3, 2, 1], "none was written before the last was put"
+    writer.close("stop", SOON)
+
+
+def test_draining_leaves_nothing_waiting_and_gives_up_in_time() -> None:
+    sink = FakeSink(open_gate=False)
+    writer = Writer(sink, 1 << 20, "block", NEVER)
+    writer.put(_step(0))
+    writer.drain(0.05)
+    assert writer.waiting_steps == 1
+    sink.gate.set()
+    writer.drain(SOON)
+    assert writer.waiting_steps == 0 and sink.consumed == [0]
+    writer.close("stop", SOON)
+    writer.drain(SOON)  # nothing is left to wait for
+
+
+def test_a_queue_that_fills_is_taken_before_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.moe_routes.writer.GATHER_SECONDS", NEVER)
+    sink = FakeSink()
+    writer = Writer(sink, 800, "block", NEVER)
+    writer.put(_step(0, 99))
+    assert not sink.at_gate.wait(0.1)
+    writer.put(_step(1, 1))
+    assert sink.at_gate.wait(SOON)
+    writer.close("stop", SOON)
+
+
 # ---- a full queue --------------------------------------------------------------------------
 
 

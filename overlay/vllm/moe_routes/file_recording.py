@@ -21,6 +21,10 @@ from vllm.moe_routes.sample import Sample
 from vllm.moe_routes.session import Session
 from vllm.moe_routes.writer import Writer
 
+#: How long a dump waits for the passes before it to be counted. A slow disk can keep them longer;
+#: ``waiting_passes`` tells.
+DRAIN_SECONDS = 0.1
+
 
 class _FileRecording(Recording):
     """A recording with a sink and a writer thread behind it."""
@@ -58,6 +62,7 @@ class _FileRecording(Recording):
         return self.stopped_at is not None and self._writer.closed
 
     def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        self._writer.drain(DRAIN_SECONDS)
         with self._sink.lock:
             return self._sink.counts(), {**self._status(), **self._records(max_records)}
 

@@ -17,6 +17,12 @@ from vllm.moe_routes.rows import Step
 
 logger = init_logger(__name__)
 
+#: How long passes gather before the thread takes them, at most. It would otherwise wake up for each
+#: of them, just when the engine's thread needs Python's lock, and do the same work dearer.
+GATHER_SECONDS = 0.5
+#: Part of the queue that may fill before it takes them at once.
+GATHER_SHARE = 8
+
 
 class Sink(Protocol):
     """What the thread drives; see ``session.Session``."""
@@ -56,17 +62,22 @@ class Writer:
         sink: receives the steps in order.
         queue_bytes: bound of the routes that wait. One step is let in whatever its size.
         on_full: "block" waits for room; "drop" queues the step without its routes.
-        flush_seconds: longest time a written step stays unflushed.
+        flush_seconds: longest time from a step's put to the flush after it.
     """
 
     def __init__(self, sink: Sink, queue_bytes: int, on_full: str, flush_seconds: float) -> None:
         self._sink = sink
         self._queue_bytes = queue_bytes
         self._block = on_full == "block"
-        self._flush_seconds = flush_seconds
+        self._gather_seconds = min(GATHER_SECONDS, flush_seconds / 2)
+        self._flush_seconds = flush_seconds - self._gather_seconds
         self._steps: deque[Step] = deque()
         self._waiting_bytes = 0
         self._changed = threading.Condition()
+        #: Whether the thread waits for a first step, and must be woken up for it.
+        self._idle = False
+        #: Somebody waits for the queue to empty.
+        self._hurry = False
         self._closing: str | None = None
         self.error: str | None = None
         self._abandoned = False
@@ -98,6 +109,9 @@ class Writer:
         size = step.pending.nbytes if step.pending is not None else 0
         with self._changed:
             if self._block:
+                if not self._has_room(size):
+                    self._hurry = True
+                    self._changed.notify_all()
                 self._changed.wait_for(lambda: self._has_room(size) or self.closing)
             elif not self._has_room(size):
                 step, size = step._replace(pending=None), 0
@@ -106,7 +120,15 @@ class Writer:
                 return
             self._steps.append(step)
             self._waiting_bytes += size
+            if self._idle or self._is_due():
+                self._changed.notify_all()
+
+    def drain(self, timeout: float) -> None:
+        """Wait until everything put so far is written, for ``timeout`` seconds at most."""
+        with self._changed:
+            self._hurry = True
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._steps or self.closed, timeout)
 
     def close(self, reason: str, timeout: float) -> None:
         """Write what waits and the end record.
@@ -145,31 +167,55 @@ class Writer:
         # A step without routes takes no room, and waiting for some could outlast a shutdown.
         return size == 0 or fits or not self._steps or self.error is not None
 
+    def _is_due(self) -> bool:
+        """Whether the thread should take what waits at once."""
+        full = self._waiting_bytes * GATHER_SHARE >= self._queue_bytes
+        return self._hurry or full or self._closing is not None or self.error is not None
+
+    def _wait(self, flush_at: float | None) -> tuple[int, str | None]:
+        """Wait for steps, and for more of them, or for the time to flush.
+
+        Returns:
+            How many there are, and why to close, if that is asked.
+        """
+        left = None if flush_at is None else max(0.0, flush_at - time.monotonic())
+        with self._changed:
+            if not self._steps:
+                self._hurry, self._idle = False, True
+                self._changed.wait_for(lambda: self._steps or self._closing is not None, left)
+                self._idle = False
+            if self._steps:
+                gather = self._gather_seconds if left is None else min(self._gather_seconds, left)
+                self._changed.wait_for(self._is_due, gather)
+            return len(self._steps), self._closing
+
     def _run(self) -> None:
         _leave_the_engines_core()
         flush_at: float | None = None
         while True:
-            with self._changed:
-                timeout = None if flush_at is None else max(0.0, flush_at - time.monotonic())
-                self._changed.wait_for(lambda: self._steps or self._closing is not None, timeout)
+            num_steps, closing = self._wait(flush_at)
+            for _ in range(num_steps):
                 # A step stays queued, and counted, until it is written.
-                step = self._steps[0] if self._steps else None
-                closing = self._closing
-            if step is not None:
+                step = self._steps[0]
                 self._write(step)
-                flush_at = flush_at or time.monotonic() + self._flush_seconds
+                flush_at = self._flush(flush_at or time.monotonic() + self._flush_seconds)
                 with self._changed:
                     self._steps.popleft()
                     self._waiting_bytes -= step.pending.nbytes if step.pending is not None else 0
                     self._changed.notify_all()
-            elif closing is not None:
+            if num_steps == 0 and closing is not None:
                 self._guard(partial(self._sink.close, closing))
                 if self.error is not None:
                     self._end_abandoned()
                 return
-            if flush_at is not None and time.monotonic() >= flush_at:
-                self._guard(self._sink.flush)
-                flush_at = None
+            flush_at = self._flush(flush_at)
+
+    def _flush(self, at: float | None) -> float | None:
+        """Flush if it is time to; when the next one is due, if one is."""
+        if at is None or time.monotonic() < at:
+            return at
+        self._guard(self._sink.flush)
+        return None
 
     def _write(self, step: Step) -> None:
         if not self._guard(lambda: self._sink.consume(step)):
