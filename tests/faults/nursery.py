@@ -48,6 +48,7 @@ def record(log: str, told: str, switches: dict[str, str]) -> None:
             while True:
                 load.step()
                 out.write(f"{time.monotonic()} {load.rows}\n")
+                time.sleep(0.001)  # as an engine's steps leave Python's lock to the writer
         finally:
             runner.moe_routes.shutdown()  # as Worker.shutdown calls it
 

@@ -287,8 +287,8 @@ KEYS = sorted(
     value=anything,
     seed=st.one_of(st.none(), st.integers(0, 1 << 40)),
 )
-@example("meta", "device", "\ud800", None)
-@example("end", "reason", "\ud800", None)
+@example(where="meta", key="device", value="\ud800", seed=None)
+@example(where="end", key="reason", value="\ud800", seed=None)
 def test_every_script_answers_for_a_damaged_log_in_one_line(
     tmp_path: Path,
     where: str,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from vllm.config import CompilationMode
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
-from vllm.moe_routes import provenance, recording
+from vllm.moe_routes import file_recording, provenance
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
@@ -346,11 +346,11 @@ def test_the_row_that_runs_ahead_is_marked_in_a_recording_that_joined_later(
 def test_a_request_stops_at_what_its_parameters_say(facts: dict[str, Any], stops: set[int]) -> None:
     params = SamplingParams(min_tokens=2, **facts)
     params.update_from_generation_config({}, EOS)  # as the engine does
-    assert recording._stop_rule(params) == (stops, 2)
+    assert file_recording._stop_rule(params) == (stops, 2)
 
 
 def test_a_pooling_request_has_no_stop_rule() -> None:
-    assert recording._stop_rule(None) is None
+    assert file_recording._stop_rule(None) is None
 
 
 def test_requests_that_end_without_another_pass_are_ended_at_stop(arm: Arm, log: Path) -> None:
