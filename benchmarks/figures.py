@@ -185,8 +185,12 @@ def parts_per_step(parts: Mapping[str, Any], steps: int) -> dict[str, float]:
 
 
 def engine_seconds(parts: Mapping[str, Any]) -> float:
-    """Seconds that the steps of a recorded pass took from the engine's thread."""
-    return sum(seconds_of(parts, name) for name in ("hook ops", "begin", "end"))
+    """Seconds that the steps of a recorded pass took from the engine's thread.
+
+    A recording without a writer counts its last steps when it stops: they are in it too.
+    """
+    names = ["hook ops", "begin", "end"] + ([] if "writer" in parts else ["stop"])
+    return sum(seconds_of(parts, name) for name in names)
 
 
 def seconds_of(parts: Mapping[str, Any], name: str) -> float:

@@ -53,12 +53,13 @@ def percent(ratio: float) -> float:
 def _bar(axes: Axes, x: float, y: float, ratio: Mapping[str, Any], **style: Any) -> None:
     """A point at (median, y) or (x, median) with its interval, both in percent."""
     middle = percent(ratio["paired_ratio_median"])
-    low, high = (percent(value) for value in ratio["paired_ratio_ci95"])
+    known = ratio["pairs"] > 2  # fewer have no interval to speak of
+    low, high = (percent(x) for x in ratio["paired_ratio_ci95"]) if known else (middle, middle)
     error = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
     if x != x:  # NaN: a horizontal bar
-        axes.errorbar([middle], [y], xerr=error, capsize=3, linestyle="none", **style)
+        axes.errorbar([middle], [y], xerr=error, capsize=3 * known, linestyle="none", **style)
     else:
-        axes.errorbar([x], [middle], yerr=error, capsize=2, linestyle="none", **style)
+        axes.errorbar([x], [middle], yerr=error, capsize=2 * known, linestyle="none", **style)
 
 
 def _headline(axes: Axes, section: Mapping[str, Any]) -> None:
@@ -110,6 +111,6 @@ def _matrix(axes: Axes, section: list[Mapping[str, Any]]) -> None:
     axes.set_ylabel("added wall time in percent")
     pairs = sorted({item["pairs"] for item in section})
     told = " or ".join(map(str, pairs))
-    axes.set_title(f"matrix, {told} pairs each", size=11, loc="left")
+    axes.set_title(f"matrix, pairs a point: {told}", size=11, loc="left")
     axes.legend(frameon=False, ncols=4, fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, 1.0))
     axes.grid(axis="y", alpha=0.25)

@@ -1,9 +1,8 @@
 """Where the recorder's time goes: its functions timed from outside. Runs in the engine's process.
 
-The engine thread's parts take wall time, waits for Python's lock included: the median of a part's
-calls times their number, so that a call that another process interrupted does not count. The
-writer thread's work takes CPU time. What a probe itself costs is measured on a function that does
-nothing, and taken off. Probed passes are never timed ones.
+The engine thread's parts take wall time, waits for Python's lock included; the writer thread's
+work takes CPU time. What a probe itself costs is measured on a function that does nothing, and
+taken off. Probed passes are never timed ones.
 """
 
 from __future__ import annotations
@@ -92,11 +91,8 @@ class Probes:
     def take(self) -> dict[str, Spent]:
         """What was spent since the last call."""
         spent, self._spent = self._spent, {}
-        writer = {point.part for point in WRITER}
         return {
-            part: Spent(sum(each), len(each))
-            if part in writer
-            else Spent(max(0.0, statistics.median(each) - self._own) * len(each), len(each))
+            part: Spent(max(0.0, sum(each) - self._own * len(each)), len(each))
             for part, each in spent.items()
         }
 

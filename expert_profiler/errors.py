@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,10 +52,12 @@ def run(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # A name that the system takes for none, such as one of thousands of characters.
+        # A disk without room, or a name that the system takes for none, such as a too long one.
         if error.filename is None:
             raise
-        told = UserError(f"{str(error.filename)[:200]}: {error.strerror}; give another name")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there, or give another place" if full else "give another name"
+        told = UserError(f"{str(error.filename)[:200]}: {error.strerror}; {remedy}")
         print(f"error: {told}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:

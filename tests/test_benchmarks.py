@@ -27,6 +27,7 @@ from benchmarks.cases import (
     schedule,
 )
 from benchmarks.figures import Pair
+from benchmarks.probes import Probes
 from expert_profiler.errors import UserError
 from expert_profiler.plots import save_png
 
@@ -190,6 +191,21 @@ def test_a_profile_adds_up_by_step() -> None:
     assert figures.engine_seconds(parts) == pytest.approx(0.008)
     assert figures.seconds_of(parts, "writer") == 0.02
     assert figures.seconds_of({}, "writer") == 0
+    counts_at_the_end = {**parts, "stop": {"seconds": 0.01, "calls": 1}}
+    assert figures.engine_seconds(counts_at_the_end) == pytest.approx(0.008), "its writer's"
+    del counts_at_the_end["writer"]
+    assert figures.engine_seconds(counts_at_the_end) == pytest.approx(0.018)
+
+
+def test_a_part_that_is_dear_once_in_many_calls_counts_in_full() -> None:
+    probes = Probes()
+    ticks = iter([x for i in range(32) for x in (float(i), i + (0.5 if i == 7 else 0.001))])
+    timed = probes._timed("end", lambda: None, lambda: next(ticks))
+    for _ in range(32):
+        timed()
+    spent = probes.take()["end"]
+    assert spent.calls == 32
+    assert spent.seconds == pytest.approx(0.5 + 31 * 0.001, rel=1e-2)
 
 
 def test_what_recording_adds_is_accounted_for_by_its_own_clocks() -> None:

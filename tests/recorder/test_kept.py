@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.moe_routes import capture, kept
+from vllm.moe_routes import capture, kept, provenance, recorder
 from vllm.moe_routes.choices import BufferChoices, Choices
 from vllm.moe_routes.kept import Kept, KeptChoices
 from vllm.moe_routes.snapshot import HostSnapshotter
 from vllm.moe_routes.tally import PassTokens, Shape
 
+from tests.faults.victim import arm, group
 from tests.recorder.build import QUICK, a_layer
+from tests.recorder.fake_runner import INDICES
 
 LAYERS, TOP_K, EXPERTS, ROWS = 4, 2, 8, 9
 HOST = torch.device("cpu")
@@ -162,9 +165,18 @@ def test_an_id_that_no_expert_has_keeps_its_value() -> None:
     assert run.handed.routes(ROWS, None).resolve().topk_ids[1, 0, 0] == 256
 
 
-def test_passes_that_nobody_takes_do_not_pile_up() -> None:
-    run = Pass(WHOLE * 50, list(range(LAYERS)))
-    assert len(run.kept) == LAYERS
+def test_passes_that_nobody_takes_do_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle data-parallel rank runs such while the others work."""
+    monkeypatch.setattr(recorder, "get_pp_group", group)
+    monkeypatch.setattr(recorder, "get_tp_group", group)
+    monkeypatch.setattr(provenance, "patch_id", lambda: "0123abcd")
+    runner = arm(tmp_path / "x.jsonl")
+    for _ in range(50):
+        runner.dummy_run()
+    assert len(runner.moe_routes._source.kept) == len(INDICES)  # type: ignore[union-attr, arg-type]
+    runner.moe_routes.control("stop")  # type: ignore[union-attr]
 
 
 def test_a_pass_that_waits_is_charged_for_all_that_it_keeps() -> None:

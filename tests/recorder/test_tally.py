@@ -62,6 +62,13 @@ def test_device_host_and_naive_counts_agree(layers: list[MoELayer], n: int, seed
     assert tally.verdict(on_host, n, shape, 0, 0)["verdict"] == "pass"
 
 
+@pytest.mark.parametrize("wrong", [-1, -(2**32), -(2**63), 2**32 + 3, 8, 2**63 - 1])
+def test_what_is_no_expert_is_counted_for_none(wrong: int) -> None:
+    shape = Shape.of([a_layer(0, 2, 8)])
+    counts = tally.count_choices(np.array([[[3, wrong]]], dtype=np.int64), shape)
+    assert counts[0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 1]
+
+
 def test_counting_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [a_layer(i, 2, 8) for i in range(3)]
     buffer = filled(layers, 50, seed=1)

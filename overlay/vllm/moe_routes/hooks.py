@@ -31,7 +31,7 @@ class LogicalIds:
 
 
 class Tap(NamedTuple):
-    """A layer's place in the capture buffer.
+    """Where a layer's choices go.
 
     Attributes:
         ids: the buffer's.
@@ -73,7 +73,7 @@ def _note_logical_ids(router: Any, topk_ids: Tensor) -> None:
 
 
 def _log_moe_routes(layer: Any, topk_ids: Tensor, topk_weights: Tensor, row0: int = 0) -> None:
-    """Called after ``router.select_experts``: copy the choices into the capture buffer.
+    """Called after ``router.select_experts``: keep the choices, or copy them into the buffer.
 
     Args:
         layer: the ``FusedMoE`` layer.

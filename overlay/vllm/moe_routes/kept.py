@@ -38,7 +38,7 @@ class KeptRoutes(NamedTuple):
         num_rows: rows of the pass.
         rows: [m] int64, the rows to take; None: all.
         token_ids: [m] input token of every row, or None.
-        nbytes: what all of this keeps in memory.
+        nbytes: of the choices, and of the tensors that hold them.
     """
 
     kept: Kept
@@ -50,38 +50,43 @@ class KeptRoutes(NamedTuple):
     nbytes: int
 
     def resolve(self) -> Routes:
-        ids, weights = self._whole() or self._pieces()
-        if self.rows is not None:
-            return Routes(ids[self.rows], weights[self.rows], self.token_ids)
-        return Routes(ids[: self.num_rows], weights[: self.num_rows], self.token_ids)
+        weights = self._join([given.float() for _, given in self.kept.values()], 0.0)
+        return Routes(self.ids(), weights, self.token_ids)
 
-    def _whole(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-        """[n, L, K] each, where every layer was called once for all rows, as nearly always."""
-        choices = list(self.kept.values())
-        shapes = {ids.shape for ids, _ in choices}
+    def ids(self) -> npt.NDArray[Any]:
+        """[n, L, K], without the weights: all that counting needs."""
+        # They keep the router's dtype, so that none wraps around.
+        return self._join([ids for ids, _ in self.kept.values()], self.buffer.not_an_id)
+
+    def _join(self, tensors: Sequence[Tensor], missing: float) -> npt.NDArray[Any]:
+        """One of the two of all layers, with ``missing`` where nothing was chosen."""
+        rows = slice(self.num_rows) if self.rows is None else self.rows
+        if not self._is_whole():
+            some: npt.NDArray[Any] = self._pieces(tensors, missing)[rows]
+            return some
+        n, k = tensors[0].shape
+        # In memory layer by layer.
+        joined: npt.NDArray[Any] = np.concatenate([item.numpy() for item in tensors])
+        by_row: npt.NDArray[Any] = joined.reshape(len(tensors), n, k).transpose(1, 0, 2)[rows]
+        return by_row
+
+    def _is_whole(self) -> bool:
+        """Whether every layer was called once for all rows, as nearly always."""
+        shapes = {ids.shape for ids, _ in self.kept.values()}
         if len(shapes) != 1 or list(self.kept) != [(slot, 0) for slot in self.slots]:
-            return None
+            return False
         n, k = next(iter(shapes))
-        if n < self.num_rows or k != self.buffer.ids.shape[2]:
-            return None
-        # In memory layer by layer. The ids keep the router's dtype, so that none wraps around.
-        ids = np.concatenate([ids.numpy() for ids, _ in choices])
-        weights = np.concatenate([given.float().numpy() for _, given in choices])
-        shape = (len(choices), n, k)
-        return ids.reshape(shape).transpose(1, 0, 2), weights.reshape(shape).transpose(1, 0, 2)
+        return bool(n >= self.num_rows and k == self.buffer.ids.shape[2])
 
-    def _pieces(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The same, with ``not_an_id`` where nothing was chosen."""
+    def _pieces(self, tensors: Sequence[Tensor], missing: float) -> npt.NDArray[Any]:
         shape = (self.num_rows, len(self.slots), self.buffer.ids.shape[2])
-        ids = np.full(shape, self.buffer.not_an_id, dtype=np.int64)
-        weights = np.zeros(shape, dtype=np.float32)
-        for (slot, row0), (chosen, given) in self.kept.items():
-            at = self.slots.index(slot)
-            n = max(0, min(len(chosen), self.num_rows - row0))  # behind them is padding
-            k = min(chosen.shape[1], shape[2])  # columns past K are fused shared experts
-            ids[row0 : row0 + n, at, :k] = chosen[:n, :k].numpy()
-            weights[row0 : row0 + n, at, :k] = given[:n, :k].float().numpy()
-        return ids, weights
+        kind = np.float32 if isinstance(missing, float) else np.int64
+        joined = np.full(shape, missing, dtype=kind)
+        for (slot, row0), item in zip(self.kept, tensors, strict=True):
+            n = max(0, min(len(item), self.num_rows - row0))  # behind them is padding
+            k = min(item.shape[1], shape[2])  # columns past K are fused shared experts
+            joined[row0 : row0 + n, self.slots.index(slot), :k] = item[:n, :k].numpy()
+        return joined
 
 
 class KeptCounts(NamedTuple):
@@ -95,7 +100,7 @@ class KeptCounts(NamedTuple):
         return self.routes.nbytes
 
     def resolve(self) -> Counts:
-        return tally.count_choices(self.routes.resolve().topk_ids, self.shape)
+        return tally.count_choices(self.routes.ids(), self.shape)
 
 
 class KeptChoices:

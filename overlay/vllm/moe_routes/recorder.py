@@ -162,10 +162,10 @@ class Recorder:
         if self._taps_stay:
             self._tap(self._layers)
         logger.info(
-            "Recording of MoE routes is armed: %d of %d MoE layers, %.1f MiB buffer",
+            "Recording of MoE routes is armed: %d of %d MoE layers, %s",
             len(self._layers),
             num_moe_layers,
-            buffer.nbytes / 2**20,
+            "no buffer" if keeps else f"{buffer.nbytes / 2**20:.1f} MiB buffer",
         )
 
     # ---- around a forward pass -------------------------------------------------------------

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One recording in one of three modes, fed from the same capture buffer.
+"""One recording: what its three modes share, and ``stat``, which only adds counts up.
 
-``stat`` adds counts up on the device; ``per_pass`` counts every pass on the device and writes a
-line for it; ``per_token`` copies every token's choices out and writes a line for each. Methods run
+All modes take the same choices of a pass; ``file_recording`` has those that write them. Methods run
 on the worker's engine thread unless they say otherwise.
 """
 
@@ -170,7 +169,7 @@ class Recording:
 
 
 class StatRecording(Recording):
-    """Cumulative counts on the device, nothing else."""
+    """Cumulative counts where the choices lie, nothing else."""
 
     mode = "stat"
 

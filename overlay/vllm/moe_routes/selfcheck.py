@@ -28,7 +28,7 @@ class SelfCheck:
         self._written = np.zeros(size, dtype=np.int64)
         self._scheduled = 0
         self._dropped = 0
-        #: Whether the last pass had every row, and nothing was wrong with any.
+        #: Whether nothing was wrong with any row of the last pass.
         self.was_clean = False
         #: Layers that chose the same top_k, so that a step is checked in as few calls as possible.
         self._groups = [

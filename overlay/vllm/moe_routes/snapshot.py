@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Take a pass's rows out of the capture buffer before the next pass overwrites them.
 
-The engine thread calls ``take`` and goes on; the writer thread calls ``resolve``. On CPU the clone
-is the snapshot. On CUDA the clone is made on the compute stream, ordered before the next pass, and
-a side stream copies it to pinned memory while the next pass runs.
+The engine thread calls ``take`` and goes on; the writer thread calls ``resolve``. In host memory
+the clone is the snapshot. On CUDA the clone is made on the compute stream, ordered before the next
+pass, and a side stream copies it to pinned memory while the next pass runs.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Pending(Protocol):
     def resolve(self) -> Any:
         """Wait for the copy and return it: ``Routes`` of ``take``, an array of ``take_array``.
 
-        Called once, off the engine thread.
+        Called once; off the engine thread where it may have to wait.
         """
 
 

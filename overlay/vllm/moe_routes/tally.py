@@ -91,7 +91,8 @@ def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> Counts:
     """Count choices on the host.
 
     Args:
-        topk_ids: [n, L, K]; ``not_an_id`` (255 as uint8, -1 as int16) where nothing was captured.
+        topk_ids: [n, L, K] of any integer dtype; ``not_an_id`` (255 as uint8, -1 as int16) where
+            nothing was captured.
         shape: what to count over.
 
     Returns:
@@ -99,9 +100,8 @@ def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> Counts:
     """
     num_layers = len(shape.layers)
     ids = topk_ids.astype(np.int64)
-    if topk_ids.dtype.kind == "i":
-        ids &= 0xFFFFFFFF  # below zero is no small number then
-    np.minimum(ids, shape.num_experts, out=ids)
+    unsigned = ids.view(np.uint64)  # below zero is no small number then
+    np.minimum(unsigned, np.uint64(shape.num_experts), out=unsigned)
     ids += np.arange(num_layers)[None, :, None] * shape.width
     counted = np.bincount(ids.ravel(), minlength=num_layers * shape.width)
     return counted.reshape(num_layers, shape.width).astype(np.int64)

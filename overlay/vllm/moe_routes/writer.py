@@ -126,8 +126,9 @@ class Writer:
     def drain(self, timeout: float) -> None:
         """Wait until everything put so far is written, for ``timeout`` seconds at most."""
         with self._changed:
-            self._hurry = True
-            self._changed.notify_all()
+            if self._steps:
+                self._hurry = True
+                self._changed.notify_all()
             self._changed.wait_for(lambda: not self._steps or self.closed, timeout)
 
     def close(self, reason: str, timeout: float) -> None:
@@ -203,6 +204,7 @@ class Writer:
                     self._steps.popleft()
                     self._waiting_bytes -= step.pending.nbytes if step.pending is not None else 0
                     self._changed.notify_all()
+                del step  # else the last pass stays in memory while nothing comes
             if num_steps == 0 and closing is not None:
                 self._guard(partial(self._sink.close, closing))
                 if self.error is not None:
