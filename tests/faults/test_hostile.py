@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 
 MANY = settings(
     QUICK,
-    max_examples=1500 if FULL else 60,
+    max_examples=1500 if FULL else 30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
@@ -326,7 +326,7 @@ settings_text = st.one_of(
 )  # fmt: skip
 
 
-@settings(MANY, max_examples=20_000 if FULL else 1500)
+@settings(MANY, max_examples=20_000 if FULL else 500)
 @given(env=st.dictionaries(st.sampled_from(sorted(VARIABLES)), settings_text, max_size=5))
 def test_any_environment_is_taken_or_refused_in_one_line(env: dict[str, str]) -> None:
     try:
@@ -339,7 +339,7 @@ def test_any_environment_is_taken_or_refused_in_one_line(env: dict[str, str]) ->
             select(config.layers, [a_layer(0), a_layer(1)])
 
 
-@settings(MANY, max_examples=5000 if FULL else 500)
+@settings(MANY, max_examples=5000 if FULL else 200)
 @given(text=settings_text)
 def test_any_selection_of_layers_is_taken_or_refused_in_one_line(text: str) -> None:
     try:

@@ -179,7 +179,7 @@ def test_any_command_line_is_answered_in_a_line(command: str, harmless: Path) ->
 
     @settings(
         QUICK,
-        max_examples=600 if FULL else 60,
+        max_examples=600 if FULL else 25,
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(900)
 
 MANY = settings(
     QUICK,
-    max_examples=300 if FULL else 60,
+    max_examples=300 if FULL else 30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 SLOW = settings(MANY, max_examples=60 if FULL else 6)
@@ -214,7 +214,7 @@ def test_a_damaged_log_of_passes_is_refused_in_one_line(tmp_path: Path, seed: in
 FOOTERS = ("moe_routes.meta", "moe_routes.requests", "moe_routes.end")
 
 
-@settings(MANY, max_examples=200 if FULL else 40)
+@settings(MANY, max_examples=200 if FULL else 20)
 @given(
     name=st.sampled_from(FOOTERS),
     value=st.one_of(
