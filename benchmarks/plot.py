@@ -78,8 +78,8 @@ def _headline(axes: Axes, section: Mapping[str, Any]) -> None:
     axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axes.set_xlabel("added wall time in percent (logarithmic beyond 3)")
     axes.set_title(f"{section['case']['name']}, {section['pairs']} pairs", size=11, loc="left")
-    # The baseline against itself stands on top and near 0: this corner is free.
-    axes.legend(frameon=False, loc="upper right")
+    # The yardstick stands at the bottom and far to the right: this corner is free.
+    axes.legend(frameon=False, loc="lower left")
     axes.grid(axis="x", alpha=0.25)
 
 
@@ -112,5 +112,7 @@ def _matrix(axes: Axes, section: list[Mapping[str, Any]]) -> None:
     pairs = sorted({item["pairs"] for item in section})
     told = " or ".join(map(str, pairs))
     axes.set_title(f"matrix, pairs a point: {told}", size=11, loc="left")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.2 * (top - bottom))  # room for the legend
     axes.legend(frameon=False, ncols=4, fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, 1.0))
     axes.grid(axis="y", alpha=0.25)
