@@ -114,7 +114,7 @@ def read_jsonl(file: LogFile) -> Iterator[Chunk]:
                 number += 1
                 try:
                     rows.append(_decode_route(line))
-                except msgspec.DecodeError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     record = _other(file.path, number, line, error)
                     if record is not None:
                         requests.append((len(rows), record))
@@ -128,7 +128,7 @@ def _other(path: Path, number: int, line: bytes, error: Exception) -> dict[str, 
         return None
     try:
         record = msgspec.json.decode(line)
-    except msgspec.DecodeError as broken:
+    except (msgspec.DecodeError, UnicodeDecodeError) as broken:
         raise logfile.bad_line_error(path, number, f"not valid JSON: {broken}") from None
     if isinstance(record, dict) and record.get("type") == "request":
         return record
