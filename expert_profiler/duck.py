@@ -63,11 +63,9 @@ def told(files: Sequence[LogFile]) -> Iterator[None]:
         raise UserError(
             f"{files[0].path}: {fact}; free disk space or set TMPDIR to a larger disk"
         ) from None
-    except duckdb.Error as error:
+    except (duckdb.Error, UnicodeDecodeError) as error:
         logfile.raise_bad_line(files)
         fact = str(error).splitlines()[0]
-        raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None
-    except UnicodeDecodeError:  # DuckDB cut its own message within a character of the log
-        logfile.raise_bad_line(files)
-        fact = "DuckDB refuses a line, and what it says of it is no text"
+        if isinstance(error, UnicodeDecodeError):  # it cut its own message within a character
+            fact = "DuckDB refuses a line, and what it says of it is no text"
         raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None

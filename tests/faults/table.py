@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from expert_profiler.reader import open_log
+
 #: The long form: more kills, more rows, more examples.
 FULL = os.environ.get("FAULTS_FULL") == "1"
 
@@ -74,6 +76,34 @@ def end_of(path: Path) -> dict[str, Any] | None:
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     last: dict[str, Any] = json.loads(lines[-1])
     return last if last["type"] == "end" else None
+
+
+def check_cut(log: Path, flushed: int, layers: int) -> int:
+    """What a killed recorder leaves: what was flushed, whole tokens, and a named cut.
+
+    Every row that was flushed is there, and at most one pass is torn.
+
+    Args:
+        log: what it leaves.
+        flushed: rows that were flushed, at least.
+        layers: rows a token.
+
+    Returns:
+        Rows it holds.
+    """
+    held = routes_in(log)
+    assert held >= flushed
+    assert end_of(log) is None
+    with open_log(log) as found:
+        assert any("cut short" in text for text in found.lost_rows)
+        assert found.num_rows + found.rows_flagged == held
+        [(torn,)] = found.query(
+            "SELECT count(DISTINCT forward_pass_id) FROM (SELECT forward_pass_id, req_id, "
+            "token_idx FROM routes GROUP BY ALL HAVING count(*) <> ?)",
+            [layers],
+        )
+        assert torn <= 1
+    return held
 
 
 def lost(totals: dict[str, Any]) -> int:

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from expert_profiler.reader import open_log
 from tests.engine import harness
-from tests.faults.table import FULL, Row, end_of, lost, note, routes_in
+from tests.faults.table import FULL, Row, check_cut, end_of, lost, note, routes_in
 from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -131,19 +130,7 @@ def test_an_engine_that_is_killed_leaves_what_was_flushed(model: Path, tmp_path:
     for i in range(ENDINGS):
         log = tmp_path / f"{i}.jsonl"
         _victim(model, log, "kill", 0.37 * i)
-        assert end_of(log) is None
-        held = routes_in(log)
-        assert held > 0
-        with open_log(log) as found:
-            assert any("cut short" in text for text in found.lost_rows)
-            assert found.num_rows + found.rows_flagged == held
-            # Whole tokens: every row that was flushed is there, and at most a pass is torn.
-            [(torn,)] = found.query(
-                "SELECT count(DISTINCT forward_pass_id) FROM (SELECT forward_pass_id, req_id, "
-                "token_idx FROM routes GROUP BY ALL HAVING count(*) <> ?)",
-                [LAYERS],
-            )
-            assert torn <= 1
+        check_cut(log, 1, LAYERS)
 
 
 @pytest.mark.skipif(not FULL, reason="starts engines; python -m tests.faults.full runs it")

@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expert_profiler.reader import open_log
 from tests.api.served import VllmServer
 from tests.faults.served_load import Clients
-from tests.faults.table import FULL, Row, end_of, lost, note, routes_in
+from tests.faults.table import FULL, Row, check_cut, end_of, lost, note, routes_in
 from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [
@@ -75,23 +74,6 @@ def under_load(server: VllmServer) -> int:
     return int(rows)
 
 
-def check_cut(log: Path, flushed: int) -> int:
-    """What a killed recorder leaves: what was flushed, whole tokens, and a named cut."""
-    held = routes_in(log)
-    assert held >= flushed
-    assert end_of(log) is None
-    with open_log(log) as found:
-        assert any("cut short" in text for text in found.lost_rows)
-        assert found.num_rows + found.rows_flagged == held
-        [(torn,)] = found.query(
-            "SELECT count(DISTINCT forward_pass_id) FROM (SELECT forward_pass_id, req_id, "
-            "token_idx FROM routes GROUP BY ALL HAVING count(*) <> ?)",
-            [LAYERS],
-        )
-        assert torn <= 1
-    return held
-
-
 def check_refused(model: Path, folder: Path, log: Path) -> None:
     """A server that is to write to that name again does not start, and says why."""
     before = log.read_bytes()
@@ -117,7 +99,7 @@ def test_a_killed_engine_core_leaves_what_was_flushed_and_no_process(
         server.reap(60)
         _, alive = psutil.wait_procs(everyone, 60)
         assert not alive, "vLLM's server notices and goes, and takes the recorder with it"
-    held = check_cut(log, flushed)
+    held = check_cut(log, flushed, LAYERS)
     print(
         f"engine core killed: {flushed:,} rows told as written {FLUSH_SECONDS + SLACK} s before, "
         f"{held:,} readable; clients saw {clients.executed * LAYERS:,}, {clients.cut} answers cut"

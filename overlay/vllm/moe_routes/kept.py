@@ -50,18 +50,25 @@ class KeptRoutes(NamedTuple):
     nbytes: int
 
     def resolve(self) -> Routes:
-        weights = self._join([given.float() for _, given in self.kept.values()], 0.0)
-        return Routes(self.ids(), weights, self.token_ids)
+        whole = self._is_whole()
+        ids = [ids for ids, _ in self.kept.values()]
+        weights = [given.float() for _, given in self.kept.values()]
+        return Routes(
+            # The ids keep the router's dtype, so that none wraps around.
+            self._join(ids, self.buffer.not_an_id, whole),
+            self._join(weights, 0.0, whole),
+            self.token_ids,
+        )
 
     def ids(self) -> npt.NDArray[Any]:
         """[n, L, K], without the weights: all that counting needs."""
-        # They keep the router's dtype, so that none wraps around.
-        return self._join([ids for ids, _ in self.kept.values()], self.buffer.not_an_id)
+        ids = [ids for ids, _ in self.kept.values()]
+        return self._join(ids, self.buffer.not_an_id, self._is_whole())
 
-    def _join(self, tensors: Sequence[Tensor], missing: float) -> npt.NDArray[Any]:
+    def _join(self, tensors: Sequence[Tensor], missing: float, whole: bool) -> npt.NDArray[Any]:
         """One of the two of all layers, with ``missing`` where nothing was chosen."""
         rows = slice(self.num_rows) if self.rows is None else self.rows
-        if not self._is_whole():
+        if not whole:
             some: npt.NDArray[Any] = self._pieces(tensors, missing)[rows]
             return some
         n, k = tensors[0].shape
