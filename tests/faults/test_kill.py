@@ -167,3 +167,26 @@ def test_a_worker_stuck_in_a_collective_still_ends_its_log(tmp_path: Path) -> No
     held = routes_in(log)
     note(Row("SIGTERM of a worker stuck in a collective", 1, executed, held, held, lost(end)))
     assert end["passes_unfinished"] == 1, "the pass that it was stuck in"
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.skipif(not FULL, reason="long form"))],
+)
+def test_an_exit_in_the_midst_of_closing_still_ends_the_log(tmp_path: Path, method: str) -> None:
+    """vLLM's SIGTERM comes any time, and its handler raises where the thread happens to be."""
+    log = tmp_path / "x.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.interrupted", str(log), method],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    executed, met = done.stdout.splitlines()[-1].split()
+    assert met == "shutdown", "the exception came elsewhere: this test shows nothing"
+    end = end_of(log)
+    assert end is not None and end["reason"] == "shutdown"
+    held = routes_in(log)
+    note(Row("SIGTERM while the log is closed", 1, int(executed), held, held, lost(end)))
+    assert held == end["rows"] == int(executed)

@@ -21,6 +21,7 @@ from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
+from vllm.moe_routes.session import Session
 from vllm.sampling_params import SamplingParams
 
 from tests.recorder.build import read_lines
@@ -499,13 +500,33 @@ def test_a_process_that_just_ends_closes_its_recording(
     """An engine in the user's own process is never told to shut its worker down."""
     at_exit: list[Callable[[], None]] = []
     exits = SimpleNamespace(register=at_exit.append, unregister=at_exit.remove)
-    monkeypatch.setattr(module, "atexit", exits)
+    monkeypatch.setattr(module.goodbye, "atexit", exits)
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     (at_end,) = at_exit
     at_end()
     assert read_lines(log)[-1]["reason"] == "shutdown"
     assert at_exit == []
+
+
+def test_a_worker_that_goes_down_waits_for_what_is_still_being_written(
+    arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording that was stopped without waiting for it, and one that was reset away."""
+    runner = arm(autostart=True)
+    close = Session.close
+
+    def slow(self: Session, *args: Any, **facts: Any) -> None:
+        time.sleep(0.3)
+        close(self, *args, **facts)
+
+    monkeypatch.setattr(Session, "close", slow)
+    runner.execute(("7-0000000a", 2, 2))
+    assert _do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
+    assert _do(runner, "stop", timeout=0)["ok"]
+    shutdown(SimpleNamespace(model_runner=runner))
+    reasons = [read_lines(log.with_name(name))[-1]["reason"] for name in (log.name, "y.jsonl")]
+    assert reasons == ["reset", "stop"]
 
 
 # ---- ranks ---------------------------------------------------------------------------------

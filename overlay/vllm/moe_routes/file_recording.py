@@ -219,8 +219,9 @@ class TokenRecording(_FileRecording):
         return {raw_id: rule for raw_id, rule in rules.items() if rule is not None}
 
     def _close(self, reason: str, timeout: float) -> None:
-        if self._finished:
-            self._writer.put(_only_finished(self._finished))
+        finished, self._finished = self._finished, []
+        if finished:
+            self._writer.put(_only_finished(finished))
         super()._close(reason, timeout)
 
 

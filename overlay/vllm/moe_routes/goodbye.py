@@ -1,18 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notice that a worker is told to go, though its main thread can't.
+"""How a process that records ends, and what is called before.
 
 Python runs signal handlers on the main thread, between two of its instructions. A worker that waits
 in a collective for a rank that has gone already never gets there: vLLM's SIGTERM stays without
 effect, and SIGKILL follows. The interpreter's wake-up descriptor is written to at once.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.util import Finalize
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def at_exit(call: Callable[[], None]) -> Callable[[], None]:
+    """Call ``call`` when this process ends, unless it is killed.
+
+    A forked worker leaves by ``os._exit`` and never comes to ``atexit``; ``multiprocessing`` has
+    its own list, and goes through it after the ``SystemExit`` of a signal handler, too.
+
+    Returns:
+        What takes it back.
+    """
+    if multiprocessing.parent_process() is None:
+        atexit.register(call)
+        return partial(atexit.unregister, call)
+    return Finalize(None, call, exitpriority=0).cancel
 
 
 def watch(on_signal: Callable[[], None]) -> bool:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One recorder a worker: armed when the model is loaded, started and stopped at step boundaries."""
 
-import atexit
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -113,6 +112,8 @@ class Recorder:
         #: One that was reset away and is still being written.
         self._previous: Recording | None = None
         self._active = False
+        #: Takes back what is called when the process ends, where something is.
+        self._stay: Callable[[], None] | None = None
         #: Whether the last recording ended at its bound and nobody has stopped it since.
         self._ended_itself = False
         self._header: dict[str, Any] = {}
@@ -265,12 +266,7 @@ class Recorder:
                 self._ended_itself = False
                 return self.status()
             raise ConflictError("no recording runs; start one first")
-        self._active = False
-        if self._recording is not None:
-            atexit.unregister(self.shutdown)
-            if not self._taps_stay:
-                self._tap([])
-            self._recording.stop(reason, timeout)
+        self._stop(reason, timeout)
         return self.status()
 
     def reset(self, path: str | None = None) -> dict[str, Any]:
@@ -287,7 +283,6 @@ class Recorder:
             return self.status()
         fresh = self._make(path)  # where it can't be made, the old one goes on
         if self._recording is not None:
-            atexit.unregister(self.shutdown)
             self._recording.stop("reset", 0)
         self._previous = self._recording
         self._feed(fresh)
@@ -319,12 +314,21 @@ class Recorder:
         return status
 
     def shutdown(self) -> None:
-        """Close what is open when the worker goes down."""
-        if not self._active:
+        """Close what is open when the worker goes down. Raises nothing of its own.
+
+        vLLM's signal handler raises ``SystemExit`` wherever the thread is, in the midst of this
+        too: a second call, at the end of the process, goes on where the first broke off.
+        """
+        if not self._active and not self._is_closing():
             return
-        result = self.control("stop", reason="shutdown", timeout=SHUTDOWN_SECONDS)
-        if not result["ok"]:
-            logger.error("MoE route log: %s", result["error"])
+        deadline = time.monotonic() + SHUTDOWN_SECONDS
+        try:
+            self._stop("shutdown", SHUTDOWN_SECONDS)
+            if self._previous is not None:
+                self._previous.stop("shutdown", max(0.0, deadline - time.monotonic()))
+        except Exception as error:
+            expected = isinstance(error, RouteLogError)
+            logger.error("MoE route log: %s", error, exc_info=not expected)
 
     def _end_by_itself(self) -> None:
         """The recording is over, at its bound or by a signal: this pass is not part of it."""
@@ -343,6 +347,18 @@ class Recorder:
             recording.close_early("shutdown")
 
     # ---- inside ----------------------------------------------------------------------------
+
+    def _stop(self, reason: str, timeout: float) -> None:
+        self._active = False
+        try:
+            if self._recording is not None:
+                if not self._taps_stay:
+                    self._tap([])
+                self._recording.stop(reason, timeout)
+        finally:
+            if self._stay is not None and not self._is_closing():
+                self._stay()
+                self._stay = None
 
     def _make(self, path: str | None) -> Recording | None:
         """The recording that the configuration asks for; None where another rank records."""
@@ -371,7 +387,7 @@ class Recorder:
         self._recording, self._active, self._ended_itself = recording, True, False
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
-            atexit.register(self.shutdown)
+            self._stay = self._stay or goodbye.at_exit(self.shutdown)
             if not self._taps_stay:
                 self._tap(recording.layers)
 

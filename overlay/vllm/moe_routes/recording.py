@@ -95,10 +95,14 @@ class Recording:
         self._in_pass = False
 
     def stop(self, reason: str, timeout: float) -> None:
-        """End the recording; see ``Writer.close`` for ``timeout``."""
+        """End the recording; see ``Writer.close`` for ``timeout``.
+
+        A second call waits for what the first began, and changes nothing else.
+        """
         self.passes_unfinished += self._in_pass
         self._in_pass = False
-        self.stopped_at = time.time()
+        if self.stopped_at is None:
+            self.stopped_at = time.time()
         self._close(reason, timeout)
 
     def dump(self, max_records: int) -> dict[str, Any]:

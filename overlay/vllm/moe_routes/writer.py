@@ -81,6 +81,9 @@ class Writer:
         self._closing: str | None = None
         self.error: str | None = None
         self._abandoned = False
+        #: Beside the thread's own ``is_alive``: before Python 3.13 that says no once a signal
+        #: handler has raised in its ``join``.
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moe-routes-writer", daemon=True)
         self._thread.start()
 
@@ -102,7 +105,7 @@ class Writer:
     @property
     def closed(self) -> bool:
         """Whether the end record is written, or the file given up."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def put(self, step: Step) -> None:
         """Queue a step. Called on the engine thread."""
@@ -146,12 +149,12 @@ class Writer:
             self._changed.notify_all()
         if timeout == 0:
             return
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if not self._ended.wait(timeout):
             raise RouteLogError(
                 f"route log {self._sink.path} was not closed within {timeout:g} s: "
                 f"{len(self._steps)} passes still wait; the disk is slow, read its status again"
             )
+        self._thread.join()
         if self.error is not None:
             raise RouteLogError(self.error)
 
@@ -191,6 +194,14 @@ class Writer:
             return len(self._steps), self._closing
 
     def _run(self) -> None:
+        try:
+            self._drive()
+        finally:
+            self._ended.set()
+            with self._changed:  # somebody may wait for the queue to empty
+                self._changed.notify_all()
+
+    def _drive(self) -> None:
         _leave_the_engines_core()
         flush_at: float | None = None
         while True:
