@@ -35,6 +35,7 @@ ENGINE = (
     Point("begin", _ROUTES + "recorder", "Recorder", "begin_step"),
     Point("end", _ROUTES + "recorder", "Recorder", "end_step"),
     Point("snapshot", _ROUTES + "kept", "KeptChoices", "routes"),
+    Point("snapshot", _ROUTES + "kept", "KeptChoices", "counts"),
     Point("count", _ROUTES + "kept", "KeptTotals", "_count"),
     Point("enqueue", _ROUTES + "writer", "Writer", "put"),
     Point("start", _ROUTES + "recorder", "Recorder", "start"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.moe_routes import capture, kept, provenance, recorder
+from vllm.moe_routes import capture, hooks, kept, provenance, recorder
 from vllm.moe_routes.choices import BufferChoices, Choices
 from vllm.moe_routes.kept import Kept, KeptChoices
+from vllm.moe_routes.mapping import Batch, Layout
 from vllm.moe_routes.snapshot import HostSnapshotter
 from vllm.moe_routes.tally import PassTokens, Shape
 
@@ -184,3 +186,18 @@ def test_a_pass_that_waits_is_charged_for_all_that_it_keeps() -> None:
     pending = Pass([(slot, 0, 1, TOP_K) for slot in range(LAYERS)], [0, 1, 2, 3], 1).handed
     numbers = LAYERS * TOP_K * (8 + 4)
     assert pending.routes(1, None).nbytes == numbers + 2 * LAYERS * kept.TENSOR_BYTES
+
+
+def test_rows_of_other_data_parallel_ranks_are_not_kept_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rank's layer is called with all ranks' rows; a slice would keep them all."""
+    monkeypatch.setattr(hooks, "_batch", lambda layout: Batch([100, 5]))
+    nothing, held = torch.zeros(0), Kept()
+    layer = SimpleNamespace(moe_route_tap=hooks.Tap(nothing, nothing, 0, Layout(1), None, held))
+    ids, weights = _router(105, seed=0)
+    hooks._log_moe_routes(layer, ids, weights)
+    (kept_ids, kept_weights) = held[0, 0]
+    assert torch.equal(kept_ids, ids[100:]) and torch.equal(kept_weights, weights[100:])
+    for item in held[0, 0]:
+        assert item.untyped_storage().nbytes() == item.nbytes, "what the queue is charged"

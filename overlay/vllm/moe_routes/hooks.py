@@ -91,6 +91,8 @@ def _log_moe_routes(layer: Any, topk_ids: Tensor, topk_weights: Tensor, row0: in
         first, size, row0 = locate(n, row0, tap.layout, _batch(tap.layout))
         topk_ids = topk_ids[first : first + size]
         topk_weights = topk_weights[first : first + size]
+        if tap.kept is not None:  # else the other ranks' rows stay in memory too, uncharged
+            topk_ids, topk_weights = topk_ids.clone(), topk_weights.clone()
     if tap.kept is not None:
         tap.kept[tap.slot, row0] = (topk_ids, topk_weights)
         return

@@ -7,20 +7,23 @@ them over. Who resolves them puts them together: the writer thread, or ``stat`` 
 a time. Compiled passes and CUDA graphs can hold no dictionary; they write to the buffer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from vllm.moe_routes import tally
 from vllm.moe_routes.capture import CaptureBuffer
-from vllm.moe_routes.snapshot import Pending, Routes
+from vllm.moe_routes.snapshot import Routes
 from vllm.moe_routes.tally import FORWARD_MODES, Counts, Lost, PassTokens, Shape
 
-#: By slot and first row, what a call of that layer's router returned: ids and weights, each
-#: [n, >= top_k]. A dictionary, so that passes nobody takes, as idle ranks run, don't pile up.
-Kept = dict[tuple[int, int], tuple[Tensor, Tensor]]
+#: A layer's slot, and the first row of the pass that a call of its router was for.
+Place = tuple[int, int]
+#: What the calls returned: ids and weights, each [n, >= top_k]. A dictionary, so that passes nobody
+#: takes, as idle ranks run, don't pile up.
+Kept = dict[Place, tuple[Tensor, Tensor]]
 
 #: What a tensor takes beside its numbers, in bytes; charged to the queue.
 TENSOR_BYTES = 512
@@ -28,86 +31,115 @@ TENSOR_BYTES = 512
 WAITING_BYTES = 1 << 20
 
 
+class Frame(NamedTuple):
+    """What the tensors of one pass are put together to: [num_rows, L, K].
+
+    Attributes:
+        slots: [L] of the recorded layers, ascending.
+        top_k: K.
+        num_rows: rows of the pass.
+    """
+
+    slots: Sequence[int]
+    top_k: int
+    num_rows: int
+
+    def is_whole(self, ids: Mapping[Place, Tensor]) -> bool:
+        """Whether every layer was called once for all rows, as nearly always."""
+        shapes = {item.shape for item in ids.values()}
+        if len(shapes) != 1 or list(ids) != [(slot, 0) for slot in self.slots]:
+            return False
+        n, k = next(iter(shapes))
+        return bool(n >= self.num_rows and k == self.top_k)
+
+    def stack(self, given: Mapping[Place, Tensor]) -> npt.NDArray[Any]:
+        """The tensors of a whole pass, [>= num_rows, L, K], in memory layer by layer.
+
+        One call for all of them: each tensor's way to numpy takes longer than its numbers.
+        """
+        stacked = torch.cat(tuple(given.values())).view(len(given), -1, self.top_k)
+        if stacked.is_floating_point():
+            stacked = stacked.float()
+        by_row: npt.NDArray[Any] = stacked.numpy().transpose(1, 0, 2)
+        return by_row
+
+    def pieces(self, given: Mapping[Place, Tensor], missing: float) -> npt.NDArray[Any]:
+        """The tensors in their places, with ``missing`` where nothing was chosen."""
+        shape = (self.num_rows, len(self.slots), self.top_k)
+        kind = np.float32 if isinstance(missing, float) else np.int64
+        joined = np.full(shape, missing, dtype=kind)
+        for (slot, row0), item in given.items():
+            n = max(0, min(len(item), self.num_rows - row0))  # behind them is padding
+            k = min(item.shape[1], self.top_k)  # columns past K are fused shared experts
+            part = item[:n, :k]
+            part = part.float() if part.is_floating_point() else part
+            joined[row0 : row0 + n, self.slots.index(slot), :k] = part.numpy()
+        return joined
+
+
 class KeptRoutes(NamedTuple):
     """A ``snapshot.Pending`` of one pass.
 
     Attributes:
         kept: in the order in which the layers fired.
-        slots: [L] of the recorded layers, ascending.
-        buffer: gives dtype, K and ``not_an_id``; nothing is read from it.
-        num_rows: rows of the pass.
+        frame: what they are put together to.
+        not_an_id: stands for an id where nothing was chosen.
         rows: [m] int64, the rows to take; None: all.
         token_ids: [m] input token of every row, or None.
         nbytes: of the choices, and of the tensors that hold them.
     """
 
     kept: Kept
-    slots: Sequence[int]
-    buffer: CaptureBuffer
-    num_rows: int
+    frame: Frame
+    not_an_id: int
     rows: npt.NDArray[Any] | None
     token_ids: npt.NDArray[Any] | None
     nbytes: int
 
     def resolve(self) -> Routes:
-        whole = self._is_whole()
-        ids = [ids for ids, _ in self.kept.values()]
-        weights = [given.float() for _, given in self.kept.values()]
+        ids = {place: ids for place, (ids, _) in self.kept.items()}
+        weights = {place: weights for place, (_, weights) in self.kept.items()}
+        whole = self.frame.is_whole(ids)
         return Routes(
             # The ids keep the router's dtype, so that none wraps around.
-            self._join(ids, self.buffer.not_an_id, whole),
+            self._join(ids, self.not_an_id, whole),
             self._join(weights, 0.0, whole),
             self.token_ids,
         )
 
-    def ids(self) -> npt.NDArray[Any]:
-        """[n, L, K], without the weights: all that counting needs."""
-        ids = [ids for ids, _ in self.kept.values()]
-        return self._join(ids, self.buffer.not_an_id, self._is_whole())
-
-    def _join(self, tensors: Sequence[Tensor], missing: float, whole: bool) -> npt.NDArray[Any]:
-        """One of the two of all layers, with ``missing`` where nothing was chosen."""
-        rows = slice(self.num_rows) if self.rows is None else self.rows
-        if not whole:
-            some: npt.NDArray[Any] = self._pieces(tensors, missing)[rows]
-            return some
-        n, k = tensors[0].shape
-        # In memory layer by layer.
-        joined: npt.NDArray[Any] = np.concatenate([item.numpy() for item in tensors])
-        by_row: npt.NDArray[Any] = joined.reshape(len(tensors), n, k).transpose(1, 0, 2)[rows]
+    def _join(self, given: Mapping[Place, Tensor], missing: float, whole: bool) -> npt.NDArray[Any]:
+        rows = slice(self.frame.num_rows) if self.rows is None else self.rows
+        # In memory layer by layer, where it is whole.
+        joined = self.frame.stack(given) if whole else self.frame.pieces(given, missing)
+        by_row: npt.NDArray[Any] = joined[rows]
         return by_row
-
-    def _is_whole(self) -> bool:
-        """Whether every layer was called once for all rows, as nearly always."""
-        shapes = {ids.shape for ids, _ in self.kept.values()}
-        if len(shapes) != 1 or list(self.kept) != [(slot, 0) for slot in self.slots]:
-            return False
-        n, k = next(iter(shapes))
-        return bool(n >= self.num_rows and k == self.buffer.ids.shape[2])
-
-    def _pieces(self, tensors: Sequence[Tensor], missing: float) -> npt.NDArray[Any]:
-        shape = (self.num_rows, len(self.slots), self.buffer.ids.shape[2])
-        kind = np.float32 if isinstance(missing, float) else np.int64
-        joined = np.full(shape, missing, dtype=kind)
-        for (slot, row0), item in zip(self.kept, tensors, strict=True):
-            n = max(0, min(len(item), self.num_rows - row0))  # behind them is padding
-            k = min(item.shape[1], shape[2])  # columns past K are fused shared experts
-            joined[row0 : row0 + n, self.slots.index(slot), :k] = item[:n, :k].numpy()
-        return joined
 
 
 class KeptCounts(NamedTuple):
-    """A ``snapshot.Pending`` that counts once it is resolved."""
+    """A ``snapshot.Pending`` of one pass's counts, without the weights, which nobody needs then.
 
-    routes: KeptRoutes
+    Attributes:
+        ids: in the order in which the layers fired.
+        frame: what they belong to.
+        not_an_id: stands for an id where nothing was chosen.
+        shape: what to count over.
+        nbytes: of the ids, and of the tensors that hold them.
+    """
+
+    ids: dict[Place, Tensor]
+    frame: Frame
+    not_an_id: int
     shape: Shape
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        return self.routes.nbytes
+    def choices(self) -> npt.NDArray[Any]:
+        """[num_rows, L, K] ids."""
+        if self.frame.is_whole(self.ids):
+            return self.frame.stack(self.ids)[: self.frame.num_rows]
+        return self.frame.pieces(self.ids, self.not_an_id)
 
     def resolve(self) -> Counts:
-        return tally.count_choices(self.routes.ids(), self.shape)
+        return tally.count_choices(self.choices(), self.shape)
 
 
 class KeptChoices:
@@ -117,7 +149,7 @@ class KeptChoices:
         kept: where they keep it.
         slots: of the recorded layers.
         shape: what to count over.
-        buffer: as of :class:`KeptRoutes`.
+        buffer: gives K and ``not_an_id``; nothing is read from it.
     """
 
     def __init__(
@@ -126,7 +158,8 @@ class KeptChoices:
         self._kept = kept
         self._slots = list(slots)
         self._shape = shape
-        self._buffer = buffer
+        self._top_k = buffer.ids.shape[2]
+        self._not_an_id = buffer.not_an_id
 
     def begin(self, num_rows: int) -> None:
         self._kept.clear()  # of a pass that nobody takes
@@ -134,16 +167,22 @@ class KeptChoices:
     def routes(
         self, num_rows: int, token_ids: Tensor | None, rows: npt.NDArray[Any] | None = None
     ) -> KeptRoutes:
-        kept = dict(self._kept)
+        kept = self._kept.copy()
         self._kept.clear()
         tokens = None
         if token_ids is not None:
             tokens = token_ids[:num_rows].numpy()[slice(None) if rows is None else rows].copy()
         size = sum(ids.nbytes + given.nbytes + 2 * TENSOR_BYTES for ids, given in kept.values())
-        return KeptRoutes(kept, self._slots, self._buffer, num_rows, rows, tokens, size)
+        return KeptRoutes(kept, self._frame(num_rows), self._not_an_id, rows, tokens, size)
 
-    def counts(self, num_rows: int) -> Pending:
-        return KeptCounts(self.routes(num_rows, None), self._shape)
+    def counts(self, num_rows: int) -> KeptCounts:
+        kept = {place: ids for place, (ids, _) in self._kept.items()}
+        self._kept.clear()
+        size = sum(ids.nbytes + TENSOR_BYTES for ids in kept.values())
+        return KeptCounts(kept, self._frame(num_rows), self._not_an_id, self._shape, size)
+
+    def _frame(self, num_rows: int) -> Frame:
+        return Frame(self._slots, self._top_k, num_rows)
 
     def totals(self, lost: Lost) -> "KeptTotals":
         return KeptTotals(self, self._shape, lost)
@@ -160,10 +199,11 @@ class KeptTotals:
 
     def __init__(self, choices: KeptChoices, shape: Shape, lost: Lost) -> None:
         self._choices = choices
+        self._shape = shape
         size = (len(FORWARD_MODES), len(shape.layers), shape.width)
         self._counts = np.zeros(size, dtype=np.int64)
         self._lost = lost
-        self._waiting: list[tuple[PassTokens, Pending]] = []
+        self._waiting: list[tuple[PassTokens, KeptCounts]] = []
         self._bytes = 0
 
     def add(self, tokens: PassTokens) -> None:
@@ -179,8 +219,13 @@ class KeptTotals:
 
     def _count(self) -> None:
         waiting, self._waiting, self._bytes = self._waiting, [], 0
+        ids: dict[int, list[npt.NDArray[Any]]] = {}
         for tokens, taken in waiting:
             try:
-                self._counts[tokens.forward_mode] += taken.resolve()
+                choices = taken.choices()
             except Exception as error:  # the engine must go on
                 self._lost(tokens, error)
+            else:
+                ids.setdefault(tokens.forward_mode, []).append(choices)
+        for mode, some in ids.items():
+            self._counts[mode] += tally.count_choices(np.concatenate(some), self._shape)
