@@ -208,6 +208,28 @@ def test_a_part_that_is_dear_once_in_many_calls_counts_in_full() -> None:
     assert spent.seconds == pytest.approx(0.5 + 31 * 0.001, rel=1e-2)
 
 
+def test_what_a_probe_costs_in_the_hooks_place_is_not_the_hooks() -> None:
+    """A probe takes 1.5 s there, whatever it took where it was calibrated; the hook takes 0.5."""
+    probes, now, hooked = Probes(), [0.0], []
+
+    def clock() -> float:
+        now[0] += 1.5
+        return now[0]
+
+    def hook(layer: str) -> None:
+        hooked.append(layer)
+        now[0] += 0.5
+
+    timed = probes._held_against_nothing("hook ops", hook, clock)
+    for i in range(100):
+        timed(f"layer {i}")
+    assert hooked == [f"layer {i}" for i in range(100)], "each of them once, timed or not"
+    spent = probes.take()["hook ops"]
+    assert spent.calls == 100
+    assert spent.seconds == pytest.approx(50.0)
+    assert probes.take() == {}
+
+
 def test_what_recording_adds_is_accounted_for_by_its_own_clocks() -> None:
     """0.008 s of the engine thread, 0.02 s of the writer, beside passes of 2 s."""
     parts = {
