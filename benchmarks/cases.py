@@ -128,7 +128,7 @@ FULL = Plan(
     headline_pairs=20,
     matrix=tuple(cell(prompt, batch) for prompt in (16, 128, 512) for batch in (1, 8, 32)),
     processes=3,
-    profiled=(Case(prompt_tokens=16, batch=25, output_tokens=32), 2),
+    profiled=(Case(prompt_tokens=16, batch=25, output_tokens=96), 1),
     fit=tuple((batch, layers) for batch in (1, 8, 25) for layers in ("0", "0-11", "all")),
     synthetic_rows=4_000_000,
     sustained_seconds=60,

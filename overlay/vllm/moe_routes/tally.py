@@ -70,17 +70,20 @@ class Shape(NamedTuple):
         layers: the recorded layers, in slot order.
         width: columns of a count: every expert id of any layer, and a last one for lost choices.
         padding: [L] columns of a row that a layer with a smaller top_k leaves empty.
+        experts: [L] experts of every layer.
     """
 
     layers: Sequence[MoELayer]
     width: int
     padding: npt.NDArray[Any]
+    experts: npt.NDArray[Any]
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer]) -> "Shape":
         most = max(item.top_k for item in layers)
         padding = np.array([most - item.top_k for item in layers], dtype=np.int64)
-        return cls(layers, max(item.num_experts for item in layers) + 1, padding)
+        experts = np.array([item.num_experts for item in layers], dtype=np.int64)
+        return cls(layers, int(experts.max()) + 1, padding, experts)
 
     @property
     def num_experts(self) -> int:
@@ -150,9 +153,13 @@ def lost_choices(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> npt.NDA
         shape: what was counted over.
     """
     lost: npt.NDArray[np.int64] = counts[:, -1].astype(np.int64) - tokens * shape.padding
-    for slot, item in enumerate(shape.layers):
-        lost[slot] += counts[slot, item.num_experts : shape.num_experts].sum()
-    return lost
+    return lost + np.where(_has(shape), 0, counts[:, :-1]).sum(axis=1)
+
+
+def _has(shape: Shape) -> npt.NDArray[np.bool_]:
+    """[L, width - 1]: whether a layer has that expert."""
+    has: npt.NDArray[np.bool_] = np.arange(shape.num_experts) < shape.experts[:, None]
+    return has
 
 
 def lost_rows(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> int:
@@ -240,10 +247,9 @@ def max_over_mean(counts: npt.NDArray[Any], shape: Shape) -> float | None:
 
 def layer_balance(counts: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.float64]:
     """max(c) / mean(c) of every layer, 1 to experts: [L] float64; empty without counts."""
-    ratios = []
-    for slot, item in enumerate(shape.layers):
-        own = counts[slot, : item.num_experts]
-        total = own.sum()
-        if total:
-            ratios.append(float(own.max()) * item.num_experts / float(total))
-    return np.array(ratios if len(ratios) == len(shape.layers) else [], dtype=np.float64)
+    own = np.where(_has(shape), counts[:, :-1], 0)
+    total = own.sum(axis=1)
+    if not total.all():
+        return np.zeros(0)
+    ratios: npt.NDArray[np.float64] = own.max(axis=1) * shape.experts.astype(np.float64) / total
+    return ratios
