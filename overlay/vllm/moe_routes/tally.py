@@ -153,7 +153,8 @@ def lost_choices(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> npt.NDA
         shape: what was counted over.
     """
     lost: npt.NDArray[np.int64] = counts[:, -1].astype(np.int64) - tokens * shape.padding
-    return lost + np.where(_has(shape), 0, counts[:, :-1]).sum(axis=1)
+    lost += np.where(_has(shape), 0, counts[:, :-1]).sum(axis=1)
+    return lost
 
 
 def _has(shape: Shape) -> npt.NDArray[np.bool_]:
