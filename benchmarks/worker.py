@@ -49,7 +49,8 @@ class Bench:
             ``wall`` seconds, from before the recording starts until its file is closed;
             ``generate`` seconds of it; ``ttft`` seconds to every request's first token; ``gaps``
             seconds between a request's tokens, all requests together as one batch runs them;
-            ``tokens``, a digest of all tokens generated; and what the recording left.
+            ``tokens``, a digest of all tokens generated; ``moe_layers`` of the model; and what the
+            recording left.
         """
         load, chosen = Case(**case), _mode(mode, layers)
         prompts = _prompts(load)
@@ -70,6 +71,9 @@ class Bench:
             "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
             "generated": sum(len(item) for item in tokens),
             "bytes": size,
+            "moe_layers": len(
+                self._llm.llm_engine.vllm_config.compilation_config.static_all_moe_layers
+            ),
             **outcome._asdict(),
         }
 

@@ -32,6 +32,7 @@ from expert_profiler.errors import UserError
 from expert_profiler.plots import save_png
 
 CASE = Case(prompt_tokens=4, batch=2, output_tokens=3)
+MOE_LAYERS = 24
 
 
 def a_pass(wall: float, rows: int = 0, **changes: Any) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def a_pass(wall: float, rows: int = 0, **changes: Any) -> dict[str, Any]:
         "generated": 6,
         "bytes": 10 * rows,
         "rows": rows,
+        "moe_layers": MOE_LAYERS,
         "verdict": "pass",
         "dropped": 0,
         **changes,
@@ -51,7 +53,7 @@ def a_pass(wall: float, rows: int = 0, **changes: Any) -> dict[str, Any]:
 
 
 def pairs(mode: str, ratios: Sequence[float]) -> list[Pair]:
-    rows = CASE.routed_tokens * 24 if figures.records(mode) else 0
+    rows = CASE.routed_tokens * figures.recorded_layers(mode, MOE_LAYERS)
     return [Pair(a_pass(1.0 + i), a_pass((1.0 + i) * x, rows)) for i, x in enumerate(ratios)]
 
 
@@ -142,7 +144,9 @@ def test_a_clean_case_has_no_problems() -> None:
         ({"tokens": "other"}, "2 different outputs"),
         ({"verdict": "fail"}, "verdict fail"),
         ({"dropped": 3}, "3 dropped"),
-        ({"rows": 25}, "25 rows"),
+        ({"rows": 25}, "25 rows, expected 288"),
+        ({"rows": 276}, "276 rows"),
+        ({"rows": 576}, "576 rows"),
         ({"rows": 0}, "0 rows"),
     ],
 )
