@@ -529,6 +529,42 @@ def test_a_worker_that_goes_down_waits_for_what_is_still_being_written(
     assert reasons == ["reset", "stop"]
 
 
+def test_a_recording_that_fails_at_the_end_does_not_keep_the_one_before_from_its_end(
+    arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = arm(autostart=True)
+    close = Session.close
+
+    def slow(self: Session, *args: Any, **facts: Any) -> None:
+        time.sleep(0.3)
+        close(self, *args, **facts)
+
+    monkeypatch.setattr(Session, "close", slow)
+    runner.execute(("7-0000000a", 2, 2))
+    assert _do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
+    _break_file(runner)
+    runner.execute(("8-0000000a", 2, 2))
+    shutdown(SimpleNamespace(model_runner=runner))
+    assert read_lines(log)[-1]["reason"] == "reset"
+
+
+def test_a_recording_that_ended_without_anybody_waiting_holds_no_model(
+    arm: Arm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is called at the end of a process holds the recorder, and that the model."""
+    at_exit: list[Callable[[], None]] = []
+    exits = SimpleNamespace(register=at_exit.append, unregister=at_exit.remove)
+    monkeypatch.setattr(module.goodbye, "atexit", exits)
+    runner = arm(autostart=True)
+    runner.execute(("7-0000000a", 2, 2))
+    assert _do(runner, "stop", timeout=0)["ok"]
+    deadline = time.monotonic() + 5
+    while _do(runner, "status")["closing"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    runner.execute(("7-0000000a", 1, 2))
+    assert at_exit == []
+
+
 # ---- ranks ---------------------------------------------------------------------------------
 
 

@@ -219,13 +219,18 @@ class KeptTotals:
 
     def _count(self) -> None:
         waiting, self._waiting, self._bytes = self._waiting, [], 0
-        ids: dict[int, list[npt.NDArray[Any]]] = {}
+        by_mode: dict[int, list[tuple[PassTokens, npt.NDArray[Any]]]] = {}
         for tokens, taken in waiting:
             try:
                 choices = taken.choices()
             except Exception as error:  # the engine must go on
                 self._lost(tokens, error)
             else:
-                ids.setdefault(tokens.forward_mode, []).append(choices)
-        for mode, some in ids.items():
-            self._counts[mode] += tally.count_choices(np.concatenate(some), self._shape)
+                by_mode.setdefault(tokens.forward_mode, []).append((tokens, choices))
+        for mode, some in by_mode.items():
+            try:
+                ids = np.concatenate([choices for _, choices in some])
+                self._counts[mode] += tally.count_choices(ids, self._shape)
+            except Exception as error:
+                for tokens, _ in some:
+                    self._lost(tokens, error)

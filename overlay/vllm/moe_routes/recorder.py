@@ -114,6 +114,8 @@ class Recorder:
         self._active = False
         #: Takes back what is called when the process ends, where something is.
         self._stay: Callable[[], None] | None = None
+        #: When a shutdown that has begun must be over.
+        self._deadline: float | None = None
         #: Whether the last recording ended at its bound and nobody has stopped it since.
         self._ended_itself = False
         self._header: dict[str, Any] = {}
@@ -178,6 +180,8 @@ class Recorder:
                 self._end_by_itself()
             else:
                 self._recording.begin(scheduler_output)
+        elif self._stay is not None:  # the last one ended without anybody waiting for it
+            self._let_go()
 
     def end_step(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Take the forward pass that just ran.
@@ -264,6 +268,7 @@ class Recorder:
         if not self._active:
             if self._ended_itself:  # nothing is left to do for who did not know
                 self._ended_itself = False
+                self._let_go()
                 return self.status()
             raise ConflictError("no recording runs; start one first")
         self._stop(reason, timeout)
@@ -280,6 +285,7 @@ class Recorder:
             if self._recording is None and self._layers:
                 raise ConflictError("there is nothing to reset: nothing was recorded yet")
             self._recording = None
+            self._let_go()
             return self.status()
         fresh = self._make(path)  # where it can't be made, the old one goes on
         if self._recording is not None:
@@ -319,16 +325,13 @@ class Recorder:
         vLLM's signal handler raises ``SystemExit`` wherever the thread is, in the midst of this
         too: a second call, at the end of the process, goes on where the first broke off.
         """
-        if not self._active and not self._is_closing():
-            return
-        deadline = time.monotonic() + SHUTDOWN_SECONDS
-        try:
-            self._stop("shutdown", SHUTDOWN_SECONDS)
+        if self._active or self._is_closing():
+            # One for both calls: vLLM kills a worker that takes longer.
+            self._deadline = self._deadline or time.monotonic() + SHUTDOWN_SECONDS
+            self._stop_in_time(self._stop)
             if self._previous is not None:
-                self._previous.stop("shutdown", max(0.0, deadline - time.monotonic()))
-        except Exception as error:
-            expected = isinstance(error, RouteLogError)
-            logger.error("MoE route log: %s", error, exc_info=not expected)
+                self._stop_in_time(self._previous.stop)
+        self._let_go()
 
     def _end_by_itself(self) -> None:
         """The recording is over, at its bound or by a signal: this pass is not part of it."""
@@ -356,9 +359,25 @@ class Recorder:
                     self._tap([])
                 self._recording.stop(reason, timeout)
         finally:
-            if self._stay is not None and not self._is_closing():
-                self._stay()
-                self._stay = None
+            self._let_go()
+
+    def _stop_in_time(self, stop: Callable[[str, float], None]) -> None:
+        """``stop`` within what is left of a shutdown's time; an error is logged, not raised."""
+        left = (self._deadline or 0.0) - time.monotonic()
+        try:
+            stop("shutdown", max(left, 0.01))  # 0 would not wait, and not say so
+        except Exception as error:
+            expected = isinstance(error, RouteLogError)
+            logger.error("MoE route log: %s", error, exc_info=not expected)
+
+    def _let_go(self) -> None:
+        """Take back what is called at the end of the process, where nothing is left to close.
+
+        It holds this recorder, and with it the model.
+        """
+        if self._stay is not None and not self._active and not self._is_closing():
+            self._stay()
+            self._stay = None
 
     def _make(self, path: str | None) -> Recording | None:
         """The recording that the configuration asks for; None where another rank records."""
@@ -385,6 +404,7 @@ class Recorder:
     def _feed(self, recording: Recording | None) -> None:
         """Feed ``recording`` from the next forward pass on."""
         self._recording, self._active, self._ended_itself = recording, True, False
+        self._deadline = None
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
             self._stay = self._stay or goodbye.at_exit(self.shutdown)

@@ -81,9 +81,8 @@ class Writer:
         self._closing: str | None = None
         self.error: str | None = None
         self._abandoned = False
-        #: Beside the thread's own ``is_alive``: before Python 3.13 that says no once a signal
-        #: handler has raised in its ``join``.
-        self._ended = threading.Event()
+        #: Whether the thread is through; see :meth:`_join`.
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="moe-routes-writer", daemon=True)
         self._thread.start()
 
@@ -105,7 +104,7 @@ class Writer:
     @property
     def closed(self) -> bool:
         """Whether the end record is written, or the file given up."""
-        return self._ended.is_set()
+        return self._ended
 
     def put(self, step: Step) -> None:
         """Queue a step. Called on the engine thread."""
@@ -149,14 +148,25 @@ class Writer:
             self._changed.notify_all()
         if timeout == 0:
             return
-        if not self._ended.wait(timeout):
+        if not self._join(timeout):
             raise RouteLogError(
                 f"route log {self._sink.path} was not closed within {timeout:g} s: "
                 f"{len(self._steps)} passes still wait; the disk is slow, read its status again"
             )
-        self._thread.join()
         if self.error is not None:
             raise RouteLogError(self.error)
+
+    def _join(self, timeout: float) -> bool:
+        """Wait for the thread; whether it is through.
+
+        Once a signal handler has raised in ``Thread.join``, it takes the thread for ended before
+        Python 3.13, and a lock may stay behind as it was: so no lock is waited for after it.
+        """
+        deadline = time.monotonic() + timeout
+        self._thread.join(timeout)
+        while not self._ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._ended
 
     def fail(self, error: Exception) -> None:
         """Stop writing, for good, because a step could not be taken."""
@@ -197,7 +207,7 @@ class Writer:
         try:
             self._drive()
         finally:
-            self._ended.set()
+            self._ended = True
             with self._changed:  # somebody may wait for the queue to empty
                 self._changed.notify_all()
 
