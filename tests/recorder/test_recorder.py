@@ -494,6 +494,18 @@ def test_shutdown_never_raises(arm: Arm) -> None:
     shutdown(SimpleNamespace(model_runner=runner))
 
 
+@pytest.fixture
+def slow_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending a file takes a while."""
+    close = Session.close
+
+    def slow(self: Session, *args: Any, **facts: Any) -> None:
+        time.sleep(0.3)
+        close(self, *args, **facts)
+
+    monkeypatch.setattr(Session, "close", slow)
+
+
 def test_a_process_that_just_ends_closes_its_recording(
     arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,18 +521,10 @@ def test_a_process_that_just_ends_closes_its_recording(
     assert at_exit == []
 
 
-def test_a_worker_that_goes_down_waits_for_what_is_still_being_written(
-    arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("slow_close")
+def test_a_worker_that_goes_down_waits_for_what_is_still_being_written(arm: Arm, log: Path) -> None:
     """A recording that was stopped without waiting for it, and one that was reset away."""
     runner = arm(autostart=True)
-    close = Session.close
-
-    def slow(self: Session, *args: Any, **facts: Any) -> None:
-        time.sleep(0.3)
-        close(self, *args, **facts)
-
-    monkeypatch.setattr(Session, "close", slow)
     runner.execute(("7-0000000a", 2, 2))
     assert _do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
     assert _do(runner, "stop", timeout=0)["ok"]
@@ -529,17 +533,11 @@ def test_a_worker_that_goes_down_waits_for_what_is_still_being_written(
     assert reasons == ["reset", "stop"]
 
 
+@pytest.mark.usefixtures("slow_close")
 def test_a_recording_that_fails_at_the_end_does_not_keep_the_one_before_from_its_end(
-    arm: Arm, log: Path, monkeypatch: pytest.MonkeyPatch
+    arm: Arm, log: Path
 ) -> None:
     runner = arm(autostart=True)
-    close = Session.close
-
-    def slow(self: Session, *args: Any, **facts: Any) -> None:
-        time.sleep(0.3)
-        close(self, *args, **facts)
-
-    monkeypatch.setattr(Session, "close", slow)
     runner.execute(("7-0000000a", 2, 2))
     assert _do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
     _break_file(runner)
