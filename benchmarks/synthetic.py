@@ -61,16 +61,16 @@ class Load:
 
     def __init__(self, shape: Shape, request_tokens: int = REQUEST_TOKENS) -> None:
         import torch
-        from vllm.moe_routes import capture
+        from vllm.moe_routes.capture import buffer
+        from vllm.moe_routes.capture.snapshot import HostSnapshotter
         from vllm.moe_routes.layers import MoELayer
-        from vllm.moe_routes.snapshot import HostSnapshotter
 
         self.shape = shape
         self.layers = [
             MoELayer(i, f"layers.{i}", shape.top_k, shape.experts, "router", False, "softmax")
             for i in range(shape.layers)
         ]
-        self.buffer = capture.allocate(
+        self.buffer = buffer.allocate(
             self.layers, DISTINCT_PASSES * shape.batch, torch.device("cpu")
         )
         rng = np.random.default_rng(0)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hypothesis import settings
+from vllm.moe_routes.capture.snapshot import Pending, Routes
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import RequestBook, RowTable, Step, StopRule
-from vllm.moe_routes.snapshot import Pending, Routes
 from vllm.platforms import current_platform
 
 #: Where vLLM's custom ops run on this machine.

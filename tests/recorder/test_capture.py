@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
-from vllm.moe_routes import capture
-from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.capture import buffer as capture
+from vllm.moe_routes.capture.buffer import CaptureBuffer
+from vllm.moe_routes.capture.row_layout import Layout
 from vllm.moe_routes.formats import jsonl
 from vllm.moe_routes.hooks import LogicalIds, Tap, _log_moe_routes, _note_logical_ids
-from vllm.moe_routes.mapping import Layout
 from vllm.moe_routes.selfcheck import SelfCheck
 
 from tests.recorder.build import DEVICE, QUICK, a_layer, a_table

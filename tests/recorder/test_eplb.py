@@ -19,8 +19,7 @@ from vllm.distributed.eplb.eplb_state import EplbLayerState
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-from vllm.moe_routes import capture
-from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.capture.buffer import CaptureBuffer, allocate
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.hooks import LogicalIds, Tap, _log_moe_routes, _write_moe_log_header
 
@@ -83,7 +82,7 @@ class StubRouter(BaseRouter):
 
 def _tapped(router: StubRouter) -> tuple[SimpleNamespace, CaptureBuffer]:
     """A recorded layer with this router, as ``recorder.attach`` leaves it."""
-    buffer = capture.allocate([a_layer(0, TOP_K, LOGICAL)], ROWS, DEVICE)
+    buffer = allocate([a_layer(0, TOP_K, LOGICAL)], ROWS, DEVICE)
     layer = SimpleNamespace(router=router)
     _write_moe_log_header(layer)
     logical_ids = LogicalIds() if router.enable_eplb else None
@@ -145,7 +144,7 @@ def test_physical_ids_would_differ() -> None:
 def test_the_layers_own_gathered_rows_are_cut_from_the_logical_ids_too() -> None:
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
-    from vllm.moe_routes.mapping import Layout
+    from vllm.moe_routes.capture.row_layout import Layout
 
     router = StubRouter()
     layer, buffer = _tapped(router)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.moe_routes import capture
+from vllm.moe_routes.capture.buffer import allocate
 from vllm.moe_routes.hooks import Tap, _log_moe_routes, _write_moe_log_header
 
 from tests.recorder.build import DEVICE, a_layer
@@ -54,13 +54,13 @@ def test_while_recording_is_off_the_hook_leaves_nothing_in_a_compiled_graph() ->
 
     layer = _layer()
     assert "moe_routes" not in make_fx(forward)(IDS, WEIGHTS).code
-    buffer = capture.allocate([a_layer(0)], 4, DEVICE)
+    buffer = allocate([a_layer(0)], 4, DEVICE)
     layer.moe_route_tap = Tap(buffer.ids, buffer.weights, 0)
     assert "moe_routes" in make_fx(forward)(IDS, WEIGHTS).code
 
 
 def test_while_recording_is_on_a_layer_runs_the_one_op() -> None:
-    buffer = capture.allocate([a_layer(0), a_layer(1)], 4, DEVICE)
+    buffer = allocate([a_layer(0), a_layer(1)], 4, DEVICE)
     layer = _layer()
     layer.moe_route_tap = Tap(buffer.ids, buffer.weights, 1)
     with _Counter() as counter:
@@ -73,7 +73,7 @@ def test_while_recording_is_on_a_layer_runs_the_one_op() -> None:
 
 
 def test_without_a_chunk_the_first_row_is_row_zero() -> None:
-    buffer = capture.allocate([a_layer(0)], 4, DEVICE)
+    buffer = allocate([a_layer(0)], 4, DEVICE)
     layer = _layer()
     layer.moe_route_tap = Tap(buffer.ids, buffer.weights, 0)
     _log_moe_routes(layer, IDS, WEIGHTS)

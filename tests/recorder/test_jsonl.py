@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from vllm.moe_routes.capture.snapshot import Routes
 from vllm.moe_routes.formats.jsonl import CHUNK, JsonlLog, encode_object, encode_routes
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.rows import Flag, RequestBook, RowTable
-from vllm.moe_routes.snapshot import Routes
 
 from tests.recorder.build import QUICK, a_layer, a_step, a_table, clean_routes
 

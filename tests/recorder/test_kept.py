@@ -12,12 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.moe_routes import capture, hooks, kept, provenance, recorder
+from vllm.moe_routes import hooks, provenance, recorder
+from vllm.moe_routes.capture import buffer as capture
+from vllm.moe_routes.capture import references
+from vllm.moe_routes.capture.references import Kept, KeptChoices
+from vllm.moe_routes.capture.row_layout import Batch, Layout
+from vllm.moe_routes.capture.snapshot import HostSnapshotter
 from vllm.moe_routes.choices import BufferChoices, Choices
-from vllm.moe_routes.kept import Kept, KeptChoices
-from vllm.moe_routes.mapping import Batch, Layout
-from vllm.moe_routes.snapshot import HostSnapshotter
-from vllm.moe_routes.tally import PassTokens, Shape
+from vllm.moe_routes.counts import PassTokens, Shape
 
 from tests.faults.victim import arm, group
 from tests.recorder.build import QUICK, a_layer
@@ -129,7 +131,7 @@ def _no_loss(tokens: PassTokens, error: Exception) -> None:
 def test_passes_that_wait_to_be_counted_are_in_every_total(
     monkeypatch: pytest.MonkeyPatch, waiting_bytes: int
 ) -> None:
-    monkeypatch.setattr(kept, "WAITING_BYTES", waiting_bytes)
+    monkeypatch.setattr(references, "WAITING_BYTES", waiting_bytes)
     run = Pass(WHOLE, [1, 3])
     written, handed = run.written.totals(_no_loss), run.handed.totals(_no_loss)
     taken = dict(run.kept)
@@ -185,7 +187,7 @@ def test_a_pass_that_waits_is_charged_for_all_that_it_keeps() -> None:
     """Small batches: the tensors take more than their numbers."""
     pending = Pass([(slot, 0, 1, TOP_K) for slot in range(LAYERS)], [0, 1, 2, 3], 1).handed
     numbers = LAYERS * TOP_K * (8 + 4)
-    assert pending.routes(1, None).nbytes == numbers + 2 * LAYERS * kept.TENSOR_BYTES
+    assert pending.routes(1, None).nbytes == numbers + 2 * LAYERS * references.TENSOR_BYTES
 
 
 def test_rows_of_other_data_parallel_ranks_are_not_kept_in_memory(

@@ -16,13 +16,13 @@ from vllm.moe_routes import provenance
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.chain import Chain
 from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.recorder import Recorder, control
 from vllm.moe_routes.rows import Step
 from vllm.moe_routes.sample import Sample, chosen
 from vllm.moe_routes.session import Session
-from vllm.moe_routes.tally import Shape, count_choices
 
 from tests.recorder.build import QUICK, Ready, a_layer, a_pending, a_step, clean_routes, read_lines
 from tests.recorder.fake_runner import INDICES, FakeRunner

@@ -35,11 +35,10 @@ from vllm.model_executor.layers.fused_moe import layer as layer_module
 from vllm.model_executor.layers.fused_moe.fused_moe_modular_method import FusedMoEModularMethod
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.models import utils as model_utils
-from vllm.moe_routes import capture
-from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.capture.buffer import CaptureBuffer, allocate
+from vllm.moe_routes.capture.row_layout import Batch, Layout, Rows, locate, ubatch_row0
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.hooks import Tap
-from vllm.moe_routes.mapping import Batch, Layout, Rows, locate, ubatch_row0
 from vllm.v1.worker import ubatching
 from vllm.v1.worker.ubatch_utils import is_last_ubatch_empty, maybe_create_ubatch_slices
 
@@ -133,7 +132,7 @@ class _ModularMethod(FusedMoEModularMethod):
 def _moe(world: World, dp: int, tp: int) -> tuple[SimpleNamespace, CaptureBuffer]:
     """A recorded layer of this rank, in place of a ``FusedMoE``, and its buffer."""
     most = -(-max(world.padded) // world.tp) * world.tp
-    buffer = capture.allocate([a_layer(0, 1, 1 << 15)], most, DEVICE)
+    buffer = allocate([a_layer(0, 1, 1 << 15)], most, DEVICE)
     sp_size = world.tp if world.sequence_parallel else 1
     layout = Layout(dp, sp_size, tp if world.sequence_parallel else 0, world.num_ubatches)
     staged = (world.chunk, 1) if world.num_ubatches == 1 else (world.num_ubatches, world.chunk, 1)

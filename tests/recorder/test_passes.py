@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from vllm.moe_routes import clock, passes, tally
+from vllm.moe_routes import passes
+from vllm.moe_routes.capture import pass_timer
+from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import ConflictError
 from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.rows import Step
-from vllm.moe_routes.tally import Shape
 
 from tests.recorder.build import a_layer, a_step, clean_routes, read_lines
 
@@ -32,7 +33,7 @@ class Counted(NamedTuple):
 
 def a_pass(number: int, tokens: int, dropped: bool = False, lost: int = 0) -> Step:
     """A prefill pass of one request, ``lost`` choices of whose first layer were not captured."""
-    counts = tally.count_choices(clean_routes(LAYERS, tokens, seed=number).topk_ids, SHAPE)
+    counts = count_choices(clean_routes(LAYERS, tokens, seed=number).topk_ids, SHAPE)
     for expert in np.flatnonzero(counts[0, :-1])[:lost]:
         counts[0, expert] -= 1
         counts[0, -1] += 1
@@ -103,7 +104,7 @@ def test_a_file_that_exists_is_a_conflict(tmp_path: Path) -> None:
 
 
 def test_the_host_clock_measures_the_time_between_its_calls() -> None:
-    host = clock.HostClock()
+    host = pass_timer.HostClock()
     host.start()
     first = host.stop()
     assert 0 <= first() <= host.stop()() < 60
@@ -112,7 +113,7 @@ def test_the_host_clock_measures_the_time_between_its_calls() -> None:
 
 def test_a_step_that_was_not_timed_has_no_time() -> None:
     with pytest.raises(RuntimeError, match="not timed"):
-        clock.not_timed()
+        pass_timer.not_timed()
 
 
 def test_the_cuda_clock_waits_for_its_own_events_and_only_when_read(
@@ -138,7 +139,7 @@ def test_the_cuda_clock_waits_for_its_own_events_and_only_when_read(
             return float((other.at - self.at) * 1000)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    cuda = clock.CudaClock()
+    cuda = pass_timer.CudaClock()
     cuda.start()
     first = cuda.stop()
     cuda.start()

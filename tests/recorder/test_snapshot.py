@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.moe_routes import capture
-from vllm.moe_routes.capture import CaptureBuffer
-from vllm.moe_routes.snapshot import (
+from vllm.moe_routes.capture.buffer import CaptureBuffer, allocate, moe_routes_capture
+from vllm.moe_routes.capture.snapshot import (
     SNAPSHOTTERS,
     CudaStreamApi,
     HostSnapshotter,
@@ -31,13 +30,13 @@ CPU = torch.device("cpu")
 
 
 def _buffer() -> CaptureBuffer:
-    return capture.allocate(LAYERS, ROWS, CPU)
+    return allocate(LAYERS, ROWS, CPU)
 
 
 def _run_pass(buffer: CaptureBuffer, routes: Routes) -> None:
     """What the layers do in a forward pass; on tensors, so that a fake device can defer it."""
     for slot in range(len(LAYERS)):
-        capture.moe_routes_capture(
+        moe_routes_capture(
             buffer.ids,
             buffer.weights,
             torch.from_numpy(routes.topk_ids)[:, slot],
@@ -226,7 +225,7 @@ def test_the_device_types_with_a_snapshot_are_cpu_and_cuda() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_snapshot_on_a_real_gpu_survives_the_passes_after_it() -> None:
     gpu = torch.device("cuda")
-    buffer = capture.allocate(LAYERS, ROWS, gpu)
+    buffer = allocate(LAYERS, ROWS, gpu)
     tokens = torch.zeros(ROWS, dtype=torch.int32, device=gpu)
     snapshotter = StreamSnapshotter(CudaStreamApi())
     meant, pending = [], []
@@ -235,7 +234,7 @@ def test_a_snapshot_on_a_real_gpu_survives_the_passes_after_it() -> None:
         routes = clean_routes(LAYERS, ROWS, seed=i, token_ids=ids)
         tokens.copy_(torch.from_numpy(ids))
         for slot in range(len(LAYERS)):
-            capture.moe_routes_capture(
+            moe_routes_capture(
                 buffer.ids,
                 buffer.weights,
                 torch.from_numpy(routes.topk_ids)[:, slot].to(gpu),

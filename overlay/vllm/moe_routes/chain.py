@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from vllm.moe_routes.counts import Tally
 from vllm.moe_routes.errors import ConflictError
 from vllm.moe_routes.rows import Step
-from vllm.moe_routes.tally import Tally
 
 
 class Part(Protocol):

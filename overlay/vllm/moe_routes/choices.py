@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from vllm.moe_routes.capture import CaptureBuffer
-from vllm.moe_routes.counting import Counter
-from vllm.moe_routes.snapshot import Pending, Snapshotter
-from vllm.moe_routes.tally import FORWARD_MODES, Lost, PassTokens, Shape
+from vllm.moe_routes.capture.buffer import CaptureBuffer
+from vllm.moe_routes.capture.device_counts import Counter
+from vllm.moe_routes.capture.snapshot import Pending, Snapshotter
+from vllm.moe_routes.counts import FORWARD_MODES, Lost, PassTokens, Shape
 
 
 class Totals(Protocol):

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.moe_routes.capture.references import Kept  # capture, which it imports, registers the op
+from vllm.moe_routes.capture.row_layout import Batch, Layout, locate, ubatch_row0
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.kept import Kept  # capture, which it imports, registers the op
-from vllm.moe_routes.mapping import Batch, Layout, locate, ubatch_row0
 
 
 class LogicalIds:

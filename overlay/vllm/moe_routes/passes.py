@@ -9,11 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes import tally
+from vllm.moe_routes.counts import (
+    FORWARD_MODES,
+    PassTokens,
+    Shape,
+    Tally,
+    activation,
+    lost_rows,
+    max_over_mean,
+    pass_tokens,
+    verdict,
+)
 from vllm.moe_routes.formats.jsonl import JsonlLog
 from vllm.moe_routes.rows import Step
 from vllm.moe_routes.session import now, with_write_errors
-from vllm.moe_routes.tally import FORWARD_MODES, PassTokens, Shape, Tally
 
 #: What a full dump can show: the latest passes, within both bounds.
 KEPT_RECORDS = 1000
@@ -90,7 +99,7 @@ class PassLog:
         """Write one pass."""
         if not step.req_ids:
             return
-        tokens = tally.pass_tokens(
+        tokens = pass_tokens(
             step.num_scheduled_tokens, step.num_computed_tokens, step.num_prompt_tokens
         )
         if step.pending is None:
@@ -99,18 +108,18 @@ class PassLog:
             return
         counts = step.pending.resolve()
         record = self._record(step, tokens, counts)
-        lost_rows = tally.lost_rows(counts, tokens.total, self._shape)
-        rows = tokens.total * len(self._shape.layers) - lost_rows
+        lost = lost_rows(counts, tokens.total, self._shape)
+        rows = tokens.total * len(self._shape.layers) - lost
         self._file.write_record(record, rows)
         with self.lock:
             self.tally.add(tokens, counts)
             self.rows += rows
-            self.drops["not_captured"] += lost_rows
+            self.drops["not_captured"] += lost
             self.first = self.first or record
             self._keep(Kept(record, counts.astype(np.int32)))
 
     def _record(self, step: Step, tokens: PassTokens, counts: npt.NDArray[Any]) -> dict[str, Any]:
-        touched = tally.activation(counts, self._shape)
+        touched = activation(counts, self._shape)
         ends = step.num_computed_tokens.astype(np.int64) + step.num_scheduled_tokens
         return {
             "forward_pass_id": step.forward_pass_id,
@@ -125,7 +134,7 @@ class PassLog:
             "decode_tokens": tokens.decode,
             "total_activated_experts": touched["total_activated_experts"],
             "expert_utilization": touched["expert_utilization"],
-            "max_over_mean": tally.max_over_mean(counts, self._shape),
+            "max_over_mean": max_over_mean(counts, self._shape),
         }
 
     def _keep(self, kept: Kept) -> None:
@@ -201,7 +210,7 @@ class PassLog:
 
     def verdict(self) -> dict[str, Any]:
         """The self-check as it stands."""
-        found = tally.verdict(
+        found = verdict(
             self.tally.counts.sum(axis=0),
             sum(self.tally.tokens),
             self._shape,

@@ -11,17 +11,18 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
-from vllm.moe_routes import capture, goodbye, layers, provenance, support
 from vllm.moe_routes import config as config_module
-from vllm.moe_routes.clock import CLOCKS
+from vllm.moe_routes import goodbye, layers, provenance, support
+from vllm.moe_routes.capture.buffer import allocate
+from vllm.moe_routes.capture.pass_timer import CLOCKS
+from vllm.moe_routes.capture.references import Kept
+from vllm.moe_routes.capture.row_layout import Layout
+from vllm.moe_routes.capture.snapshot import SNAPSHOTTERS
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import ConflictError, RouteLogError
 from vllm.moe_routes.file_recording import PassRecording, TokenRecording
 from vllm.moe_routes.hooks import LogicalIds, Tap
-from vllm.moe_routes.kept import Kept
-from vllm.moe_routes.mapping import Layout
 from vllm.moe_routes.recording import Recording, Source, StatRecording
-from vllm.moe_routes.snapshot import SNAPSHOTTERS
 from vllm.utils.math_utils import round_up
 
 logger = init_logger(__name__)
@@ -144,7 +145,7 @@ class Recorder:
             self._vllm_config.scheduler_config.max_num_batched_tokens,
             self._vllm_config.parallel_config.tensor_parallel_size,
         )
-        buffer = capture.allocate(self._layers, 0 if keeps else num_rows, runner.device)
+        buffer = allocate(self._layers, 0 if keeps else num_rows, runner.device)
         self._source = Source(
             runner,
             buffer,

@@ -12,15 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from vllm.logger import init_logger
-from vllm.moe_routes import tally
-from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.capture.buffer import CaptureBuffer
+from vllm.moe_routes.capture.pass_timer import Clock
+from vllm.moe_routes.capture.references import Kept, KeptChoices
+from vllm.moe_routes.capture.snapshot import Snapshotter
 from vllm.moe_routes.choices import BufferChoices, Choices
-from vllm.moe_routes.clock import Clock
 from vllm.moe_routes.config import RouteLogConfig
-from vllm.moe_routes.kept import Kept, KeptChoices
+from vllm.moe_routes.counts import (
+    PassTokens,
+    Shape,
+    Tally,
+    activation,
+    layer_balance,
+    lost_rows,
+    pass_tokens,
+    verdict,
+)
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.snapshot import Snapshotter
-from vllm.moe_routes.tally import PassTokens, Shape, Tally
 
 logger = init_logger(__name__)
 
@@ -123,8 +131,8 @@ class Recording:
             "top_k": max(item.top_k for item in self.layers),
             "shape": [*counts.shape[:2], self.shape.num_experts],
             "counts": counts[:, :, :-1].astype("<i8").tobytes(),
-            "activation": tally.activation(every, self.shape),
-            "layer_balance": tally.layer_balance(every, self.shape).tolist(),
+            "activation": activation(every, self.shape),
+            "layer_balance": layer_balance(every, self.shape).tolist(),
             **facts,
         }
 
@@ -190,7 +198,7 @@ class StatRecording(Recording):
 
     def _take(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         computed, prompt = self._arrays(len(num_scheduled_tokens))
-        tokens = tally.pass_tokens(num_scheduled_tokens, computed, prompt)
+        tokens = pass_tokens(num_scheduled_tokens, computed, prompt)
         self._totals.add(tokens)
         self._tally.add_pass(tokens)
 
@@ -220,9 +228,9 @@ class StatRecording(Recording):
     def _counted(self, max_records: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
         counts = self._totals.read()
         every, tokens = counts.sum(axis=0), sum(self._tally.tokens)
-        self._lost_rows = tally.lost_rows(every, tokens, self.shape)
+        self._lost_rows = lost_rows(every, tokens, self.shape)
         unfinished = self.passes_unfinished + self._passes_lost
-        self._verdict = tally.verdict(every, tokens, self.shape, 0, unfinished)
+        self._verdict = verdict(every, tokens, self.shape, 0, unfinished)
         return counts, self._status()
 
     def _status(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes.clock import Elapsed, not_timed
-from vllm.moe_routes.snapshot import Pending
+from vllm.moe_routes.capture.pass_timer import Elapsed, not_timed
+from vllm.moe_routes.capture.snapshot import Pending
 
 
 class Flag(IntEnum):

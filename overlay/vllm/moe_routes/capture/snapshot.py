@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from vllm.moe_routes.capture import CaptureBuffer
+from vllm.moe_routes.capture.buffer import CaptureBuffer
 
 
 class Routes(NamedTuple):

@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from vllm.moe_routes import tally
-from vllm.moe_routes.capture import CaptureBuffer
-from vllm.moe_routes.snapshot import Routes
-from vllm.moe_routes.tally import FORWARD_MODES, Counts, Lost, PassTokens, Shape
+from vllm.moe_routes.capture.buffer import CaptureBuffer
+from vllm.moe_routes.capture.snapshot import Routes
+from vllm.moe_routes.counts import FORWARD_MODES, Counts, Lost, PassTokens, Shape, count_choices
 
 #: A layer's slot, and the first row of the pass that a call of its router was for.
 Place = tuple[int, int]
@@ -139,7 +138,7 @@ class KeptCounts(NamedTuple):
         return self.frame.pieces(self.ids, self.not_an_id)
 
     def resolve(self) -> Counts:
-        return tally.count_choices(self.choices(), self.shape)
+        return count_choices(self.choices(), self.shape)
 
 
 class KeptChoices:
@@ -230,7 +229,7 @@ class KeptTotals:
         for mode, some in by_mode.items():
             try:
                 ids = np.concatenate([choices for _, choices in some])
-                self._counts[mode] += tally.count_choices(ids, self._shape)
+                self._counts[mode] += count_choices(ids, self._shape)
             except Exception as error:
                 for tokens, _ in some:
                     self._lost(tokens, error)

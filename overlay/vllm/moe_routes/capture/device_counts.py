@@ -3,8 +3,8 @@
 
 import torch
 from torch import Tensor
-from vllm.moe_routes.capture import CaptureBuffer
-from vllm.moe_routes.tally import Shape
+from vllm.moe_routes.capture.buffer import CaptureBuffer
+from vllm.moe_routes.counts import Shape
 
 #: Choices that are counted at once. Bounds the int64 indices that counting needs for a moment.
 CHUNK = 1 << 20
