@@ -91,7 +91,7 @@ class Load:
 
     def step(self) -> Any:
         """The next pass; takes its snapshot."""
-        from vllm.moe_routes.rows import Step
+        from vllm.moe_routes.writing.rows import Step
 
         size = self.shape.batch
         over = self._ages >= self._request_tokens
@@ -132,7 +132,7 @@ def random_ids(
 
 def session(load: Load, path: Path) -> Any:
     """A recording of ``load`` into ``path``."""
-    from vllm.moe_routes.session import Session
+    from vllm.moe_routes.writing.token_log import Session
 
     header = {"type": "meta", "model_id": "synthetic", "layers_logged": list(range(LAYERS))}
     return Session(path, header, load.layers, load.buffer.not_an_id)
@@ -166,7 +166,7 @@ def throughput(path: Path, rows: int) -> dict[str, Any]:
 
 def sustained(path: Path, seconds: float) -> dict[str, Any]:
     """Feed passes at ``SUSTAINED_ROWS`` a second of real time; a full queue drops."""
-    from vllm.moe_routes.writer import Writer
+    from vllm.moe_routes.writing.writer import Writer
 
     load = Load(Shape(LAYERS, EXPERTS, TOP_K, BATCH))
     sink = session(load, path)
@@ -222,7 +222,7 @@ def fill(path: Path, shape: Shape, rows: float, sample_rows: float) -> dict[str,
         ``samples``: [rows fed, bytes of resident memory above those before the recording], one
         every ``sample_rows`` rows at least.
     """
-    from vllm.moe_routes.writer import Writer
+    from vllm.moe_routes.writing.writer import Writer
 
     load = Load(shape)
     own = resident()

@@ -1,6 +1,7 @@
 """A Parquet route log: a directory of part files, with the other records in their footers.
 
-The layout is described where it is written, in ``overlay/vllm/moe_routes/formats/dataset.py``.
+The layout is described where it is written:
+``overlay/vllm/moe_routes/writing/formats/dataset.py``.
 """
 
 from __future__ import annotations

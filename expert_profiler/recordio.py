@@ -17,7 +17,8 @@ from expert_profiler import logfile, partfiles
 from expert_profiler.errors import UserError
 from expert_profiler.logfile import End, LogFile
 
-_DATASET = Path(__file__).resolve().parents[1] / "overlay/vllm/moe_routes/formats/dataset.py"
+_RECORDER = Path(__file__).resolve().parents[1] / "overlay/vllm/moe_routes"
+_DATASET = _RECORDER / "writing/formats/dataset.py"
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1 << 16
 PART_ROWS = 1 << 20

@@ -18,7 +18,7 @@ from tests.faults.victim import Load, group
 # isort: split
 from vllm.moe_routes import provenance, recorder
 from vllm.moe_routes.config import RouteLogConfig
-from vllm.moe_routes.session import Session
+from vllm.moe_routes.writing.token_log import Session
 
 from tests.recorder.fake_runner import FakeRunner
 

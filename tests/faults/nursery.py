@@ -33,7 +33,7 @@ def record(log: str, told: str, switches: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, leave)
     part_rows = switches.pop("PART_ROWS", None)
     if part_rows:
-        from vllm.moe_routes.formats import parquet
+        from vllm.moe_routes.writing.formats import parquet
 
         parquet.PART_ROWS = int(part_rows)
     recorder.get_pp_group = recorder.get_tp_group = group

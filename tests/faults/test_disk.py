@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.formats.linefile import LineFile
 from vllm.moe_routes.recorder import control
+from vllm.moe_routes.writing.formats.linefile import LineFile
 
 from tests.faults.table import FULL, Row, end_of, left_out, lost, note, routes_in
 from tests.faults.victim import Load, arm
@@ -197,7 +197,7 @@ def test_a_full_disk_that_is_freed_gets_its_end_record(small_disk: Path) -> None
 
 def test_a_full_disk_under_parquet(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
-    from vllm.moe_routes.formats import parquet
+    from vllm.moe_routes.writing.formats import parquet
 
     monkeypatch.setattr(parquet, "PART_ROWS", 500)
     (small_disk / "ballast").write_bytes(bytes(800_000))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from vllm.moe_routes.capture.snapshot import Pending, Routes
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.rows import RequestBook, RowTable, Step, StopRule
+from vllm.moe_routes.writing.rows import RequestBook, RowTable, Step, StopRule
 from vllm.platforms import current_platform
 
 #: Where vLLM's custom ops run on this machine.

@@ -22,9 +22,9 @@ from vllm.forward_context import DPMetadata, ForwardContext, override_forward_co
 from vllm.moe_routes.capture import buffer as capture
 from vllm.moe_routes.capture.buffer import CaptureBuffer
 from vllm.moe_routes.capture.row_layout import Layout
-from vllm.moe_routes.formats import jsonl
 from vllm.moe_routes.hooks import LogicalIds, Tap, _log_moe_routes, _note_logical_ids
-from vllm.moe_routes.selfcheck import SelfCheck
+from vllm.moe_routes.writing.formats import jsonl
+from vllm.moe_routes.writing.self_check import SelfCheck
 
 from tests.recorder.build import DEVICE, QUICK, a_layer, a_table
 

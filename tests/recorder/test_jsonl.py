@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from vllm.moe_routes.capture.snapshot import Routes
-from vllm.moe_routes.formats.jsonl import CHUNK, JsonlLog, encode_object, encode_routes
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.rows import Flag, RequestBook, RowTable
+from vllm.moe_routes.writing.formats.jsonl import CHUNK, JsonlLog, encode_object, encode_routes
+from vllm.moe_routes.writing.rows import Flag, RequestBook, RowTable
 
 from tests.recorder.build import QUICK, a_layer, a_step, a_table, clean_routes
 

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes import provenance
 from vllm.moe_routes import recorder as module
-from vllm.moe_routes.chain import Chain
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.recorder import Recorder, control
-from vllm.moe_routes.rows import Step
 from vllm.moe_routes.sample import Sample, chosen
-from vllm.moe_routes.session import Session
+from vllm.moe_routes.writing.pass_log import PassLog
+from vllm.moe_routes.writing.rotation import Chain
+from vllm.moe_routes.writing.rows import Step
+from vllm.moe_routes.writing.token_log import Session
 
 from tests.recorder.build import QUICK, Ready, a_layer, a_pending, a_step, clean_routes, read_lines
 from tests.recorder.fake_runner import INDICES, FakeRunner

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from vllm.moe_routes import formats
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.formats import dataset, parquet
-from vllm.moe_routes.formats.jsonl import encode_routes
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.session import Session
+from vllm.moe_routes.writing import formats
+from vllm.moe_routes.writing.formats import dataset, parquet
+from vllm.moe_routes.writing.formats.jsonl import encode_routes
+from vllm.moe_routes.writing.token_log import Session
 
 from tests.recorder.build import QUICK, a_layer, a_pending, a_step, a_table, clean_routes
 
@@ -307,7 +307,7 @@ def test_without_pyarrow_the_error_says_how_to_get_it(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(formats, "dataset")
-    monkeypatch.delitem(sys.modules, "vllm.moe_routes.formats.dataset")
+    monkeypatch.delitem(sys.modules, "vllm.moe_routes.writing.formats.dataset")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RouteLogError, match="pip install pyarrow"):
         a_session(log)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from vllm.moe_routes import passes
 from vllm.moe_routes.capture import pass_timer
 from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import ConflictError
-from vllm.moe_routes.passes import PassLog
-from vllm.moe_routes.rows import Step
+from vllm.moe_routes.writing import pass_log
+from vllm.moe_routes.writing.pass_log import PassLog
+from vllm.moe_routes.writing.rows import Step
 
 from tests.recorder.build import a_layer, a_step, clean_routes, read_lines
 
@@ -87,11 +87,11 @@ def test_choices_that_were_not_captured_are_lost_rows(log: PassLog) -> None:
 def test_what_a_dump_can_show_is_bounded_by_number_and_by_size(
     log: PassLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "KEPT_RECORDS", 3)
+    monkeypatch.setattr(pass_log, "KEPT_RECORDS", 3)
     for i in range(5):
         log.consume(a_pass(i, 1))
     assert [item.record["forward_pass_id"] for item in log.kept] == [2, 3, 4]
-    monkeypatch.setattr(passes, "KEPT_BYTES", 2 * log.kept[0].counts.nbytes)
+    monkeypatch.setattr(pass_log, "KEPT_BYTES", 2 * log.kept[0].counts.nbytes)
     log.consume(a_pass(5, 1))
     assert [item.record["forward_pass_id"] for item in log.kept] == [4, 5]
     assert log.first is not None and log.first["forward_pass_id"] == 0

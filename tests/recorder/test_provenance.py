@@ -18,7 +18,7 @@ from vllm.moe_routes.errors import RouteLogError
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A site-packages folder with a patched vLLM in it."""
-    added = ["vllm/moe_routes/__init__.py", "vllm/moe_routes/formats/jsonl.py"]
+    added = ["vllm/moe_routes/__init__.py", "vllm/moe_routes/writing/formats/jsonl.py"]
     for name in [*provenance.HOOKED_FILES, *added, "vllm/untouched.py"]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,9 @@ def test_the_patch_is_named_by_every_hooked_and_added_file(installed: Path) -> N
     assert provenance.patch_id() == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", [*provenance.HOOKED_FILES, "vllm/moe_routes/formats/jsonl.py"])
+@pytest.mark.parametrize(
+    "name", [*provenance.HOOKED_FILES, "vllm/moe_routes/writing/formats/jsonl.py"]
+)
 def test_a_change_in_any_of_them_is_another_patch(installed: Path, name: str) -> None:
     before = provenance.patch_id()
     (installed / name).write_text("# changed\n")

@@ -21,7 +21,7 @@ from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
-from vllm.moe_routes.session import Session
+from vllm.moe_routes.writing.token_log import Session
 from vllm.sampling_params import SamplingParams
 
 from tests.recorder.build import read_lines

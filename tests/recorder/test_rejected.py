@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.moe_routes.formats import jsonl
-from vllm.moe_routes.rows import Flag, rejected
+from vllm.moe_routes.writing.formats import jsonl
+from vllm.moe_routes.writing.rows import Flag, rejected
 
 from tests.recorder.build import QUICK, a_layer, a_table, clean_routes
 

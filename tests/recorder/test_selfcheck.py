@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.selfcheck import SelfCheck
+from vllm.moe_routes.writing.self_check import SelfCheck
 
 from tests.recorder.build import QUICK, a_layer, clean_routes
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.rows import Step, StopRule
-from vllm.moe_routes.session import Session
+from vllm.moe_routes.writing.rows import Step, StopRule
+from vllm.moe_routes.writing.token_log import Session
 
 from tests.recorder.build import QUICK, a_layer, a_pending, a_step, clean_routes, read_lines
 

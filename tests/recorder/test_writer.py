@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.rows import Step
-from vllm.moe_routes.writer import Writer
+from vllm.moe_routes.writing.rows import Step
+from vllm.moe_routes.writing.writer import Writer
 
 from tests.recorder.build import QUICK, Ready, a_layer, a_step, clean_routes
 
@@ -202,7 +202,7 @@ def test_draining_leaves_nothing_waiting_and_gives_up_in_time() -> None:
 
 
 def test_a_queue_that_fills_is_taken_before_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.moe_routes.writer.GATHER_SECONDS", NEVER)
+    monkeypatch.setattr("vllm.moe_routes.writing.writer.GATHER_SECONDS", NEVER)
     sink = FakeSink()
     writer = Writer(sink, 800, "block", NEVER)
     writer.put(_step(0, 99))

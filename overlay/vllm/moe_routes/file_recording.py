@@ -11,15 +11,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes import formats
-from vllm.moe_routes.chain import Chain, Part
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.passes import PassLog
 from vllm.moe_routes.recording import Recording, Source
-from vllm.moe_routes.rows import Step, StopRule
 from vllm.moe_routes.sample import Sample
-from vllm.moe_routes.session import Session
-from vllm.moe_routes.writer import Writer
+from vllm.moe_routes.writing import formats
+from vllm.moe_routes.writing.pass_log import PassLog
+from vllm.moe_routes.writing.rotation import Chain, Part
+from vllm.moe_routes.writing.rows import Step, StopRule
+from vllm.moe_routes.writing.token_log import Session
+from vllm.moe_routes.writing.writer import Writer
 
 #: How long a dump waits for the passes before it to be counted. A slow disk can keep them longer;
 #: ``waiting_passes`` tells.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes.rows import external_id
+from vllm.moe_routes.writing.rows import external_id
 
 #: How the header says it.
 RULE = "blake2b-64(req_id) % n == 0"

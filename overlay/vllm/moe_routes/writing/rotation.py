@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.counts import Tally
 from vllm.moe_routes.errors import ConflictError
-from vllm.moe_routes.rows import Step
+from vllm.moe_routes.writing.rows import Step
 
 
 class Part(Protocol):

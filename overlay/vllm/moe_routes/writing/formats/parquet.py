@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.errors import ConflictError, RouteLogError
-from vllm.moe_routes.formats.linefile import Held
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.rows import RowTable
+from vllm.moe_routes.writing.formats.linefile import Held
+from vllm.moe_routes.writing.rows import RowTable
 
 #: A part is closed at this many rows, if no flush closes it earlier.
 PART_ROWS = 1 << 20
@@ -23,7 +23,7 @@ PART_BYTES = 12 << 20
 def _dataset() -> Any:
     """The module that needs pyarrow, which vLLM does not install."""
     try:
-        from vllm.moe_routes.formats import dataset
+        from vllm.moe_routes.writing.formats import dataset
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "pyarrow":
             raise

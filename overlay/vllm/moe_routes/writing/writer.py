@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from vllm.logger import init_logger
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.rows import Step
+from vllm.moe_routes.writing.rows import Step
 
 logger = init_logger(__name__)
 

@@ -17,9 +17,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.formats.linefile import Held, LineFile, refusal
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.rows import Flag, RowTable
+from vllm.moe_routes.writing.formats.linefile import Held, LineFile, refusal
+from vllm.moe_routes.writing.rows import Flag, RowTable
 
 _encoder = msgspec.json.Encoder()
 #: Lines that are put together at once: few enough to stay in a core's cache.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm.moe_routes import formats
 from vllm.moe_routes.counts import Shape, Tally, count_choices, pass_tokens
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.rows import Request, RequestBook, Step
-from vllm.moe_routes.selfcheck import SelfCheck
+from vllm.moe_routes.writing import formats
+from vllm.moe_routes.writing.rows import Request, RequestBook, Step
+from vllm.moe_routes.writing.self_check import SelfCheck
 
 #: Bounds of an end record, and of a request's record without its two ids.
 _END_BYTES = 64 << 10

@@ -20,9 +20,9 @@ from vllm.moe_routes.counts import (
     pass_tokens,
     verdict,
 )
-from vllm.moe_routes.formats.jsonl import JsonlLog
-from vllm.moe_routes.rows import Step
-from vllm.moe_routes.session import now, with_write_errors
+from vllm.moe_routes.writing.formats.jsonl import JsonlLog
+from vllm.moe_routes.writing.rows import Step
+from vllm.moe_routes.writing.token_log import now, with_write_errors
 
 #: What a full dump can show: the latest passes, within both bounds.
 KEPT_RECORDS = 1000

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
-from vllm.moe_routes.formats.linefile import Held
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.rows import RowTable
+from vllm.moe_routes.writing.formats.linefile import Held
+from vllm.moe_routes.writing.rows import RowTable
 
 
 class RouteFile(Protocol):
@@ -91,10 +91,10 @@ def create(
         RouteLogError: it exists, or can't be created.
     """
     if path.name.endswith(".parquet"):
-        from vllm.moe_routes.formats.parquet import ParquetLog
+        from vllm.moe_routes.writing.formats.parquet import ParquetLog
 
         return ParquetLog(path, header, layers, weights, private)
-    from vllm.moe_routes.formats.jsonl import JsonlLog
+    from vllm.moe_routes.writing.formats.jsonl import JsonlLog
 
     return JsonlLog(path, header, layers, weights, private)
 
