@@ -81,7 +81,7 @@ def test_the_patch_is_what_export_patch_writes(capsys: pytest.CaptureFixture[str
 
 def test_the_recorder_hashes_exactly_the_hooked_files(hooks: list[PatchedFile]) -> None:
     """Else the patch_id in a log's header would not be the one that check prints."""
-    tree = ast.parse((REPO / "overlay/vllm/moe_routes/provenance.py").read_text())
+    tree = ast.parse((REPO / "overlay/vllm/moe_routes/recording/provenance.py").read_text())
     (names,) = (
         ast.literal_eval(node.value)
         for node in tree.body

@@ -12,9 +12,10 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from vllm.entrypoints.serve.expert_distribution import metrics
 from vllm.entrypoints.serve.expert_distribution.api_router import attach_router
-from vllm.moe_routes import provenance, recorder
+from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.layers import describe
+from vllm.moe_routes.recording import provenance
 
 from tests.recorder.fake_runner import INDICES, FakeRunner
 

@@ -10,7 +10,8 @@ import pytest
 import tests.recorder.conftest  # noqa: F401  puts this checkout's recorder first
 
 # isort: split
-from vllm.moe_routes import provenance, recorder
+from vllm.moe_routes import recorder
+from vllm.moe_routes.recording import provenance
 
 from tests.faults.table import TABLE, Row, as_lines
 from tests.faults.victim import group

@@ -16,8 +16,9 @@ from typing import Any
 from tests.faults.victim import Load, group
 
 # isort: split
-from vllm.moe_routes import provenance, recorder
+from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.recording import provenance
 from vllm.moe_routes.writing.token_log import Session
 
 from tests.recorder.fake_runner import FakeRunner

@@ -18,8 +18,9 @@ from tests.faults.victim import Load, group
 
 # isort: split
 import torch
-from vllm.moe_routes import provenance, recorder
+from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.recording import provenance
 
 from tests.recorder.fake_runner import FakeRunner
 

@@ -14,8 +14,9 @@ from typing import Any
 import tests.recorder.conftest  # noqa: F401  puts this checkout's recorder first
 
 # isort: split
-from vllm.moe_routes import provenance, recorder
+from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
+from vllm.moe_routes.recording import provenance
 
 from tests.recorder.fake_runner import INDICES, FakeRunner
 

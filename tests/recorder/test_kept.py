@@ -12,14 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.moe_routes import hooks, provenance, recorder
+from vllm.moe_routes import hooks, recorder
 from vllm.moe_routes.capture import buffer as capture
 from vllm.moe_routes.capture import references
 from vllm.moe_routes.capture.references import Kept, KeptChoices
 from vllm.moe_routes.capture.row_layout import Batch, Layout
 from vllm.moe_routes.capture.snapshot import HostSnapshotter
-from vllm.moe_routes.choices import BufferChoices, Choices
 from vllm.moe_routes.counts import PassTokens, Shape
+from vllm.moe_routes.recording import provenance
+from vllm.moe_routes.recording.choices import BufferChoices, Choices
 
 from tests.faults.victim import arm, group
 from tests.recorder.build import QUICK, a_layer

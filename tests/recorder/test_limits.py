@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.moe_routes import provenance
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.recorder import Recorder, control
-from vllm.moe_routes.sample import Sample, chosen
+from vllm.moe_routes.recording import provenance
+from vllm.moe_routes.recording.request_sample import Sample, chosen
 from vllm.moe_routes.writing.pass_log import PassLog
 from vllm.moe_routes.writing.rotation import Chain
 from vllm.moe_routes.writing.rows import Step

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.config import CompilationMode, CUDAGraphMode
-from vllm.moe_routes import provenance
 from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.recording import provenance
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n")
-    module = tmp_path / "vllm" / "moe_routes" / "provenance.py"
+    module = tmp_path / "vllm/moe_routes/recording/provenance.py"
+    module.parent.mkdir()
     module.write_text("# the module itself\n")
     monkeypatch.setattr(provenance, "__file__", str(module))
     return tmp_path

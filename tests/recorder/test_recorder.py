@@ -16,11 +16,12 @@ import pytest
 import torch
 from vllm.config import CompilationMode
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
-from vllm.moe_routes import file_recording, provenance
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
+from vllm.moe_routes.recording import logged as file_recording
+from vllm.moe_routes.recording import provenance
 from vllm.moe_routes.writing.token_log import Session
 from vllm.sampling_params import SamplingParams
 

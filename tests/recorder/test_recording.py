@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.moe_routes import provenance
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import MODES, RouteLogConfig
 from vllm.moe_routes.recorder import Recorder, control
+from vllm.moe_routes.recording import provenance
 
 from tests.recorder.build import read_lines
 from tests.recorder.fake_runner import FakeRunner, group

@@ -12,8 +12,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.fused_moe.zero_expert_fused_moe import ZeroExpertFusedMoE
-from vllm.moe_routes import support
 from vllm.moe_routes.errors import RouteLogError
+from vllm.moe_routes.recording import refusals
 
 from tests.recorder.stand_ins import a_config, a_moe
 
@@ -50,7 +50,7 @@ def _check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         vars(target).update(facts)
     for name, value in (case.environ or {}).items():
         monkeypatch.setenv(name, value)
-    support.check_supported(config, case.device, modules.values())
+    refusals.check_supported(config, case.device, modules.values())
 
 
 def _parallel(**facts: Any) -> dict[str, dict[str, Any]]:
@@ -172,11 +172,11 @@ def test_zero_computation_experts_are_refused() -> None:
     layer = _zero_expert_layer()
     vars(layer).update(vars(a_moe()))
     with pytest.raises(RouteLogError, match=r"zero-computation experts.*use another model"):
-        support.check_supported(a_config({}), "cuda", [layer])
+        refusals.check_supported(a_config({}), "cuda", [layer])
 
 
 def test_no_refusal_is_without_a_test() -> None:
-    tree = ast.parse(inspect.getsource(support._refusals))
+    tree = ast.parse(inspect.getsource(refusals._refusals))
     written = sum(isinstance(node, ast.Yield) for node in ast.walk(tree))
     remedies = {remedy for _, _, remedy in REFUSED.values()}
     assert written == len(remedies | {"use another model"})
@@ -191,7 +191,7 @@ def test_the_first_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_layer_among_many_is_enough() -> None:
     modules = [a_moe(), a_moe(quant_method=SomeFusedKernelMethod()), a_moe()]
     with pytest.raises(RouteLogError, match="SomeFusedKernelMethod"):
-        support.check_supported(a_config({}), "cuda", modules)
+        refusals.check_supported(a_config({}), "cuda", modules)
 
 
 def test_a_real_unquantized_layer_on_cpu_is_recorded_inside_its_kernel() -> None:
@@ -203,4 +203,4 @@ def test_a_real_unquantized_layer_on_cpu_is_recorded_inside_its_kernel() -> None
     )
     assert source.count("_log_moe_routes(layer, topk_ids, topk_weights)") == 2
     stub = a_moe(quant_method=_unquantized(True))
-    support.check_supported(a_config({}), "cpu", [stub])
+    refusals.check_supported(a_config({}), "cpu", [stub])

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.moe_routes import config as config_module
-from vllm.moe_routes import goodbye, layers, provenance, support
+from vllm.moe_routes import layers
 from vllm.moe_routes.capture.buffer import allocate
 from vllm.moe_routes.capture.pass_timer import CLOCKS
 from vllm.moe_routes.capture.references import Kept
@@ -20,9 +20,10 @@ from vllm.moe_routes.capture.row_layout import Layout
 from vllm.moe_routes.capture.snapshot import SNAPSHOTTERS
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import ConflictError, RouteLogError
-from vllm.moe_routes.file_recording import PassRecording, TokenRecording
 from vllm.moe_routes.hooks import LogicalIds, Tap
-from vllm.moe_routes.recording import Recording, Source, StatRecording
+from vllm.moe_routes.recording import process_exit, provenance, refusals
+from vllm.moe_routes.recording.base import Recording, Source, StatRecording
+from vllm.moe_routes.recording.logged import PassRecording, TokenRecording
 from vllm.utils.math_utils import round_up
 
 logger = init_logger(__name__)
@@ -83,7 +84,7 @@ class Recorder:
             name: compilation.static_forward_context[name]
             for name in compilation.static_all_moe_layers
         }
-        support.check_supported(self._vllm_config, runner.device.type, modules.values())
+        refusals.check_supported(self._vllm_config, runner.device.type, modules.values())
         self._stages = _gather_over_stages(layers.describe(modules.items()))
         found = [item for stage in self._stages for item in stage]
         if not found:
@@ -126,7 +127,7 @@ class Recorder:
         if self._layers:
             self._arm(runner, modules, len(found))
         if self._layers:
-            goodbye.watch(self._told_to_go)
+            process_exit.watch(self._told_to_go)
         if config.autostart and config.path is not None:
             self.start()
 
@@ -408,7 +409,7 @@ class Recorder:
         self._deadline = None
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
-            self._stay = self._stay or goodbye.at_exit(self.shutdown)
+            self._stay = self._stay or process_exit.at_exit(self.shutdown)
             if not self._taps_stay:
                 self._tap(recording.layers)
 

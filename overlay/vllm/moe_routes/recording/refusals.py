@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.fused_moe.zero_expert_fused_moe import ZeroExpertFusedMoE
 from vllm.moe_routes.capture.snapshot import SNAPSHOTTERS
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.provenance import execution
+from vllm.moe_routes.recording.provenance import execution
 
 #: Modules of Ernie 4.5 VL: text and vision tokens take turns, each under a mask.
 MASKED = (".text_experts", ".vision_experts")

@@ -12,7 +12,7 @@ from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.sample import RULE
+from vllm.moe_routes.recording.request_sample import RULE
 
 SCHEMA_VERSION = 1
 
@@ -42,7 +42,7 @@ def patch_id() -> str:
 
     ``./apply_patch.sh check`` computes the same from the patch file.
     """
-    root = Path(__file__).parent.parent.parent
+    root = Path(__file__).parents[3]
     added = [path for folder in ADDED_FOLDERS for path in (root / folder).rglob("*")]
     paths = {
         path.relative_to(root).as_posix()

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.recording import Recording, Source
-from vllm.moe_routes.sample import Sample
+from vllm.moe_routes.recording.base import Recording, Source
+from vllm.moe_routes.recording.request_sample import Sample
 from vllm.moe_routes.writing import formats
 from vllm.moe_routes.writing.pass_log import PassLog
 from vllm.moe_routes.writing.rotation import Chain, Part

@@ -16,7 +16,6 @@ from vllm.moe_routes.capture.buffer import CaptureBuffer
 from vllm.moe_routes.capture.pass_timer import Clock
 from vllm.moe_routes.capture.references import Kept, KeptChoices
 from vllm.moe_routes.capture.snapshot import Snapshotter
-from vllm.moe_routes.choices import BufferChoices, Choices
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.counts import (
     PassTokens,
@@ -29,6 +28,7 @@ from vllm.moe_routes.counts import (
     verdict,
 )
 from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.recording.choices import BufferChoices, Choices
 
 logger = init_logger(__name__)
 
