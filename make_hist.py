@@ -87,13 +87,14 @@ def _write_report(log: RouteLog, args: argparse.Namespace) -> None:
 
 def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
     """The figures as aligned text, one fact a line."""
-    from expert_profiler import metrics, plots
+    from expert_profiler import plots
+    from expert_profiler.metrics import usage
 
     total = counts.per_expert
     experts, choices = counts.num_experts, int(total.sum())
     by_phase = ", ".join(f"{phase} {n:,}" for phase, n in counts.phase_rows().items())
     layers = counts.layers
-    idle = metrics.never_used(total)
+    idle = usage.never_used(total)
     lines = [
         ("model", log.meta.model_id),
         ("layers", f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} added up"),
@@ -101,21 +102,21 @@ def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
         ("requests", f"{log.requests:,}"),
         *(
             (f"top {place}", f"expert {expert}: {total[expert]:,} ({total[expert] / choices:.2%})")
-            for place, expert in enumerate(metrics.top(total, 3), start=1)
+            for place, expert in enumerate(usage.top(total, 3), start=1)
         ),
         (
             "entropy",
-            f"{metrics.entropy_bits(total):.3f} bits of at most "
-            f"{metrics.max_entropy_bits(experts):.3f} "
-            f"(normalised {metrics.normalised_entropy(total):.3f})",
+            f"{usage.entropy_bits(total):.3f} bits of at most "
+            f"{usage.max_entropy_bits(experts):.3f} "
+            f"(normalised {usage.normalised_entropy(total):.3f})",
         ),
-        ("effective experts", f"{metrics.effective_experts(total):.1f} of {experts}"),
-        ("max/mean", f"{metrics.max_over_mean(total):.2f}"),
+        ("effective experts", f"{usage.effective_experts(total):.1f} of {experts}"),
+        ("max/mean", f"{usage.max_over_mean(total):.2f}"),
         ("never used", f"{len(idle)} experts" + (f": {plots.listed(idle)}" if idle else "")),
     ]
     if len(layers) > 1:
         # Adding up layers evens out what single layers do: experts of one id are unrelated.
-        single = [metrics.normalised_entropy(row) for row in counts.values.sum(axis=1) if row.any()]
+        single = [usage.normalised_entropy(row) for row in counts.values.sum(axis=1) if row.any()]
         span = f"normalised entropy {min(single):.3f} to {max(single):.3f}"
         lines.append(("single layers", f"{span} (see one with --layer N)"))
     notes = [note for note in log.notes if not (include_flagged and "are not counted" in note)]

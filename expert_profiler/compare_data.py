@@ -10,17 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import (
-    divergence,
-    figures,
-    metrics,
-    report_data,
-    resampling,
-    tokens,
-    topk_normalised,
-)
+from expert_profiler import figures, report_data, tokens
 from expert_profiler.errors import UserError
 from expert_profiler.gather import Gathered, gather
+from expert_profiler.metrics import divergence, resampling, topk_normalised, usage
 from expert_profiler.reader import open_log
 
 SCHEMA = 1
@@ -174,7 +167,7 @@ def _described(run: Run, phase: str) -> dict[str, Any]:
         "rows_in_identical_runs_left_out": run.left_out,
         "mean_over_layers": figures.mean_over_layers(entries),
         "normalised_entropy_ci95": resampling.bootstrap_interval(
-            groups, figures.layer_mean(metrics.normalised_entropy), bounds=(0, 1)
+            groups, figures.layer_mean(usage.normalised_entropy), bounds=(0, 1)
         ),
         "layers": entries,
     }

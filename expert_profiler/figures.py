@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import (
+from expert_profiler.gather import Gathered
+from expert_profiler.metrics import (
     coactivation,
-    metrics,
     placement,
     resampling,
     reuse,
     token_types,
     topk_normalised,
+    usage,
 )
-from expert_profiler.divergence import js_divergence_bits
-from expert_profiler.gather import Gathered
-from expert_profiler.metrics import Counts1D
+from expert_profiler.metrics.divergence import js_divergence_bits
+from expert_profiler.metrics.usage import Counts1D
 
 EP_SIZES = (2, 4, 8, 16, 32, 64)
 KEY_RANKS = 8
@@ -43,15 +43,15 @@ def of_counts(counts: Counts1D, top_k: int) -> dict[str, float]:
     tenth = hottest(len(counts))
     figures = {
         "choices": float(counts.sum()),
-        "entropy_bits": metrics.entropy_bits(counts) if counts.any() else math.nan,
-        "normalised_entropy": metrics.normalised_entropy(counts) if counts.any() else math.nan,
-        "effective_experts": metrics.effective_experts(counts) if counts.any() else math.nan,
-        "gini": metrics.gini(counts),
-        "max_over_mean": metrics.max_over_mean(counts),
-        "coefficient_of_variation": metrics.coefficient_of_variation(counts),
-        "share_of_hottest_tenth": metrics.share_of_top(counts, tenth),
-        "experts_to_cover_half": float(metrics.experts_to_cover(counts, 0.5)),
-        "never_used": float(len(metrics.never_used(counts))),
+        "entropy_bits": usage.entropy_bits(counts) if counts.any() else math.nan,
+        "normalised_entropy": usage.normalised_entropy(counts) if counts.any() else math.nan,
+        "effective_experts": usage.effective_experts(counts) if counts.any() else math.nan,
+        "gini": usage.gini(counts),
+        "max_over_mean": usage.max_over_mean(counts),
+        "coefficient_of_variation": usage.coefficient_of_variation(counts),
+        "share_of_hottest_tenth": usage.share_of_top(counts, tenth),
+        "experts_to_cover_half": float(usage.experts_to_cover(counts, 0.5)),
+        "never_used": float(len(usage.never_used(counts))),
     }
     if top_k:
         figures |= {
@@ -135,12 +135,12 @@ def layer_mean(figure: Callable[[Counts1D], float]) -> Callable[[Array], float]:
 
 def effective_share(counts: Counts1D) -> float:
     """2^H / experts. No unit, 1/experts (one takes all) to 1 (even)."""
-    return metrics.effective_experts(counts) / len(counts)
+    return usage.effective_experts(counts) / len(counts)
 
 
 def tenth_share(counts: Counts1D) -> float:
     """``metrics.share_of_top`` of the hottest tenth. No unit, 0.1 (about; even) to 1."""
-    return metrics.share_of_top(counts, hottest(len(counts)))
+    return usage.share_of_top(counts, hottest(len(counts)))
 
 
 def key_figures(found: Gathered, parallel: list[dict[str, Any]]) -> list[dict[str, Any]]:

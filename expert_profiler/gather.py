@@ -12,10 +12,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import coactivation, lru, metrics, reuse, tokens
+from expert_profiler import tokens
 from expert_profiler.errors import UserError
 from expert_profiler.findings import PHASES
-from expert_profiler.metrics import Floats
+from expert_profiler.metrics import coactivation, lru, reuse, usage
+from expert_profiler.metrics.usage import Floats
 from expert_profiler.reader import RouteLog
 from expert_profiler.tokens import TokenBatch
 
@@ -213,7 +214,7 @@ class _Pass:
         weights = batch.weights[has, layer, : ids.shape[1]]
         for number in range(phases):
             chosen = phase == number
-            self.mass[layer, number] += metrics.weight_mass(
+            self.mass[layer, number] += usage.weight_mass(
                 ids[chosen], weights[chosen], self.experts
             )
 

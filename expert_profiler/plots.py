@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import metrics
 from expert_profiler.errors import UserError
 from expert_profiler.findings import Counts
+from expert_profiler.metrics import usage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +153,7 @@ def _mark_top(axes: Axes, per_expert: npt.NDArray[np.int64], heights: Any) -> No
     """
     low, high = axes.get_xlim()
     ceiling = axes.get_ylim()[1]
-    leaders = metrics.top(per_expert, 3)
+    leaders = usage.top(per_expert, 3)
     order = sorted(leaders)
     width = 0.115 * (high - low)  # of one label
     for expert, x in zip(order, _spread(order, width, low, high), strict=True):
@@ -290,14 +290,14 @@ def _shortened(name: str, limit: int) -> str:
 
 def _caption(per_expert: npt.NDArray[np.int64]) -> str:
     experts = len(per_expert)
-    idle = len(metrics.never_used(per_expert))
+    idle = len(usage.never_used(per_expert))
     return "   ·   ".join(
         [
-            f"entropy {metrics.entropy_bits(per_expert):.3f} of at most "
-            f"{metrics.max_entropy_bits(experts):.3f} bits "
-            f"(normalised {metrics.normalised_entropy(per_expert):.3f})",
-            f"effective experts {metrics.effective_experts(per_expert):.1f} of {experts}",
-            f"max/mean {metrics.max_over_mean(per_expert):.2f}",
+            f"entropy {usage.entropy_bits(per_expert):.3f} of at most "
+            f"{usage.max_entropy_bits(experts):.3f} bits "
+            f"(normalised {usage.normalised_entropy(per_expert):.3f})",
+            f"effective experts {usage.effective_experts(per_expert):.1f} of {experts}",
+            f"max/mean {usage.max_over_mean(per_expert):.2f}",
             f"never used: {idle}",
         ]
     )

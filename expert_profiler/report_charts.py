@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import charts, coactivation, metrics, resampling, token_types
+from expert_profiler import charts
 from expert_profiler.charts import Grid, Series
 from expert_profiler.gather import Gathered
+from expert_profiler.metrics import coactivation, resampling, token_types, usage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +88,7 @@ def coverage(found: Gathered) -> Figure:
     phases = [p for p in found.phases if found.phase(p).any()]
     for name in phases if len(phases) > 1 else ["all"]:
         counts = found.per_layer if name == "all" else found.phase(name)
-        curves = np.array([[0, *metrics.coverage(row)] for row in counts if row.any()]) * 100
+        curves = np.array([[0, *usage.coverage(row)] for row in counts if row.any()]) * 100
         label = f"{_phase(name)}: mean over layers (band: lowest to highest layer)"
         series.append(Series(label, curves.mean(axis=0), curves.min(axis=0), curves.max(axis=0)))
     series.append(Series("even use", 100 * n / found.num_experts))
@@ -165,7 +166,7 @@ def caching(found: Gathered, entries: Sequence[dict[str, Any]]) -> Figure:
         used = found.cache_accesses > 0
         rates = 100 * found.cache_hits[used] / found.cache_accesses[used, None]
         counts = found.phase("decode") if found.cache_phase == "decode" else found.per_layer
-        fixed = 100 * np.array([metrics.coverage(row) for row in counts if row.any()])
+        fixed = 100 * np.array([usage.coverage(row) for row in counts if row.any()])
         curves[:0] = [
             Series(
                 "least recently used (band: layers)", rates.mean(axis=0), rates.min(axis=0),
@@ -303,7 +304,7 @@ def interval_of_entropy(found: Gathered) -> Array | None:
     ends = [
         resampling.bootstrap_interval(
             groups[:, n],
-            lambda row: metrics.normalised_entropy(row) if row.any() else math.nan,
+            lambda row: usage.normalised_entropy(row) if row.any() else math.nan,
             bounds=(0, 1),
             draws=200,
         )

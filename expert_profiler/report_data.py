@@ -10,17 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from expert_profiler import (
-    coactivation,
-    figures,
-    metrics,
-    placement,
-    resampling,
-    token_types,
-    tokens,
-    vocabulary,
-)
+from expert_profiler import figures, tokens, vocabulary
 from expert_profiler.gather import Gathered, gather
+from expert_profiler.metrics import coactivation, placement, resampling, token_types, usage
 from expert_profiler.reader import RouteLog
 
 SCHEMA = 1
@@ -209,7 +201,7 @@ def dead_experts(found: Gathered) -> dict[int, list[int]]:
     return {
         layer: dead
         for layer, counts in zip(found.layers, found.per_layer, strict=True)
-        if (dead := metrics.never_used(counts))
+        if (dead := usage.never_used(counts))
     }
 
 

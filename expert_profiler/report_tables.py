@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expert_profiler import figures, plots, token_types
+from expert_profiler import figures, plots
+from expert_profiler.metrics import token_types
 from expert_profiler.page import Html, element, section, table
 
 if TYPE_CHECKING:

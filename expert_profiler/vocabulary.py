@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import logfile, token_types
+from expert_profiler import logfile
 from expert_profiler.errors import UserError
+from expert_profiler.metrics import token_types
 from expert_profiler.tokens import TokenBatch
 
 #: The permutation test of a layer looks at no more tokens than this.

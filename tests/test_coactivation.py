@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import coactivation as co
+from expert_profiler.metrics import coactivation as co
 from tests.routing import routings
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import divergence as dv
-from expert_profiler import metrics, resampling
+from expert_profiler.metrics import divergence as dv
+from expert_profiler.metrics import resampling, usage
 
 PAIRS = st.integers(1, 8).flatmap(
     lambda n: st.tuples(
@@ -22,7 +22,7 @@ PAIRS = st.integers(1, 8).flatmap(
 def test_examples_of_the_docstrings() -> None:
     assert float(dv.js_divergence_bits(np.array([1, 0]), np.array([0, 1]))) == 1
     found = dv.js_divergence_bits(np.array([3, 1]), np.array([1, 3]))
-    assert float(found) == pytest.approx(1 - metrics.entropy_bits(np.array([3, 1])))
+    assert float(found) == pytest.approx(1 - usage.entropy_bits(np.array([3, 1])))
     assert float(found) == pytest.approx(0.1887, abs=1e-4)
     a, b = np.array([9, 5, 1]), np.array([3, 1, 2])
     assert dv.rank_correlation(a, b) == pytest.approx(0.5)
@@ -99,7 +99,7 @@ def requests(seed: int, n: int, skew: float) -> np.ndarray:  # type: ignore[type
 
 
 def entropy(counts: np.ndarray) -> float:  # type: ignore[type-arg]
-    return metrics.entropy_bits(counts.ravel())
+    return usage.entropy_bits(counts.ravel())
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expert_profiler import errors, export, placement
+from expert_profiler import errors, export
+from expert_profiler.metrics import placement
 from expert_profiler.reader import open_log
 from tests.logs import meta, public_meta, route, run_rows, write_log
 from tests.test_placement import vllm_policy

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import lru
+from expert_profiler.metrics import lru
 from tests.routing import requests_of, routings
 
 

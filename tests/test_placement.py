@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import placement as pl
+from expert_profiler.metrics import placement as pl
 
 
 def test_examples_of_the_docstrings() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import metrics, reuse
+from expert_profiler.metrics import reuse, usage
 from tests.routing import requests_of, routings
 
 
@@ -30,7 +30,7 @@ def test_one_hot_set_is_always_reused_and_two_alternating_blocks_never() -> None
     blocks = np.array([[0, 1], [2, 3]] * 5)
     assert reuse.next_token_reuse(blocks, pairs) == 0
     # 4 of the 9 other tokens are of the same block.
-    assert reuse.chance_reuse(metrics.expert_counts(blocks, 4), 10) == pytest.approx(4 / 9)
+    assert reuse.chance_reuse(usage.expert_counts(blocks, 4), 10) == pytest.approx(4 / 9)
 
 
 def test_an_even_router_has_the_even_reuse_by_chance() -> None:

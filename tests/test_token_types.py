@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import token_types as tt
+from expert_profiler.metrics import token_types as tt
 from tests.routing import routings
 
 

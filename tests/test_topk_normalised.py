@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from expert_profiler import topk_normalised as tn
+from expert_profiler.metrics import topk_normalised as tn
 from tests.routing import routings
 
 CASES = [(8, 1), (8, 2), (60, 4), (256, 8)]

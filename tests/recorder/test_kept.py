@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from vllm.moe_routes import hooks, recorder
-from vllm.moe_routes.capture import buffer as capture
 from vllm.moe_routes.capture import references
+from vllm.moe_routes.capture.buffer import allocate, moe_routes_capture
 from vllm.moe_routes.capture.references import Kept, KeptChoices
 from vllm.moe_routes.capture.row_layout import Batch, Layout
 from vllm.moe_routes.capture.snapshot import HostSnapshotter
@@ -55,8 +55,8 @@ class Pass:
         convert: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda ids, w: (ids, w),
     ) -> None:
         layers, self.kept = [MODEL[i] for i in slots], Kept()
-        shape, buffer = Shape.of(layers), capture.allocate(MODEL, 32, HOST)
-        empty = capture.allocate(MODEL, 0, HOST)
+        shape, buffer = Shape.of(layers), allocate(MODEL, 32, HOST)
+        empty = allocate(MODEL, 0, HOST)
         self.written: Choices = BufferChoices(buffer, slots, shape, HostSnapshotter())
         self.handed: Choices = KeptChoices(self.kept, slots, shape, empty)
         for choices in (self.written, self.handed):
@@ -65,7 +65,7 @@ class Pass:
             if slot in slots:
                 self.kept[slot, row0] = convert(*_router(n, seed=slot, k=k))
         for (slot, row0), (ids, weights) in self.kept.items():
-            capture.moe_routes_capture(buffer.ids, buffer.weights, ids, weights, row0, slot)
+            moe_routes_capture(buffer.ids, buffer.weights, ids, weights, row0, slot)
 
 
 WHOLE = [(slot, 0, ROWS, TOP_K) for slot in range(LAYERS)]

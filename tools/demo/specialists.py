@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import token_types
+from expert_profiler.metrics import token_types
 
 Ids: TypeAlias = "npt.NDArray[Any]"
 

@@ -15,8 +15,8 @@ import math
 
 import numpy as np
 
-from expert_profiler import metrics
-from expert_profiler.metrics import Counts1D, Floats
+from expert_profiler.metrics import usage
+from expert_profiler.metrics.usage import Counts1D, Floats
 
 
 def selection_rate(counts: Counts1D, top_k: int) -> Floats:
@@ -26,7 +26,7 @@ def selection_rate(counts: Counts1D, top_k: int) -> Floats:
     selection_rate([4, 2, 1, 1], 2) = [1, .5, .25, .25]: 4 tokens, all of them with expert 0.
     """
     _check(counts, top_k)
-    return top_k * metrics.shares(counts)
+    return top_k * usage.shares(counts)
 
 
 def relative_load(counts: Counts1D) -> Floats:
@@ -35,7 +35,7 @@ def relative_load(counts: Counts1D) -> Floats:
     [experts] float64, 0 to E/K, mean 1; NaN without counts. An expert at r = 2 is twice as busy as
     even use would have it, at any K and E. relative_load([4, 2, 1, 1]) = [2, 1, .5, .5].
     """
-    return len(counts) * metrics.shares(counts)
+    return len(counts) * usage.shares(counts)
 
 
 def entropy_lack(counts: Counts1D, top_k: int) -> float:
@@ -45,8 +45,8 @@ def entropy_lack(counts: Counts1D, top_k: int) -> float:
     entropy_lack([4, 2, 1, 1], 2) = (2 - 1.75) / (2 - 1) = 0.25.
     """
     _check(counts, top_k)
-    even = metrics.max_entropy_bits(len(counts))
-    return _between(metrics.entropy_bits(counts), best=even, worst=math.log2(top_k))
+    even = usage.max_entropy_bits(len(counts))
+    return _between(usage.entropy_bits(counts), best=even, worst=math.log2(top_k))
 
 
 def normalised_entropy(counts: Counts1D, top_k: int) -> float:
@@ -65,7 +65,7 @@ def excess_peak(counts: Counts1D, top_k: int) -> float:
     excess_peak([4, 2, 1, 1], 2) = (2 - 1) / (4/2 - 1) = 1: all 4 tokens choose expert 0.
     """
     _check(counts, top_k)
-    return _between(metrics.max_over_mean(counts), best=1.0, worst=len(counts) / top_k)
+    return _between(usage.max_over_mean(counts), best=1.0, worst=len(counts) / top_k)
 
 
 def gini(counts: Counts1D, top_k: int) -> float:
@@ -75,7 +75,7 @@ def gini(counts: Counts1D, top_k: int) -> float:
     gini([4, 2, 1, 1], 2) = 0.3125 / 0.5 = 0.625.
     """
     _check(counts, top_k)
-    return _between(metrics.gini(counts), best=0.0, worst=1 - top_k / len(counts))
+    return _between(usage.gini(counts), best=0.0, worst=1 - top_k / len(counts))
 
 
 def coefficient_of_variation(counts: Counts1D, top_k: int) -> float:
@@ -86,7 +86,7 @@ def coefficient_of_variation(counts: Counts1D, top_k: int) -> float:
     """
     _check(counts, top_k)
     worst = math.sqrt(len(counts) / top_k - 1)
-    return _between(metrics.coefficient_of_variation(counts), best=0.0, worst=worst)
+    return _between(usage.coefficient_of_variation(counts), best=0.0, worst=worst)
 
 
 def excess_share_of_top(counts: Counts1D, top_k: int, n: int) -> float:
@@ -99,7 +99,7 @@ def excess_share_of_top(counts: Counts1D, top_k: int, n: int) -> float:
     experts = len(counts)
     if not 1 <= n <= experts:
         raise ValueError(f"n is {n}, not 1 to {experts} experts")
-    share = metrics.share_of_top(counts, n)
+    share = usage.share_of_top(counts, n)
     return _between(share, best=n / experts, worst=min(1.0, n / top_k))
 
 
@@ -110,7 +110,7 @@ def coverage_at(counts: Counts1D, fractions: Floats) -> Floats:
     [points] float64, 0 to 1, never below ``fractions`` (even use); NaN without counts. One x axis
     for any number of experts. coverage_at([4, 2, 1, 1], [0, .25, .375]) = [0, .5, .625].
     """
-    curve = np.concatenate([[0.0], metrics.coverage(counts)])
+    curve = np.concatenate([[0.0], usage.coverage(counts)])
     if np.isnan(curve[-1]):
         return np.full(np.shape(fractions), np.nan)
     return np.asarray(np.interp(fractions, np.linspace(0, 1, len(curve)), curve))

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.metrics import Floats
+from expert_profiler.metrics.usage import Floats
 
 Ids: TypeAlias = "npt.NDArray[Any]"
 Ints: TypeAlias = "npt.NDArray[np.int64]"

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.divergence import js_divergence_bits
-from expert_profiler.metrics import Floats
+from expert_profiler.metrics.divergence import js_divergence_bits
+from expert_profiler.metrics.usage import Floats
 
 Array: TypeAlias = "npt.NDArray[Any]"
 

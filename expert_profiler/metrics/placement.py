@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.metrics import Counts1D, Floats
+from expert_profiler.metrics.usage import Counts1D, Floats
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 

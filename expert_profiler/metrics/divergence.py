@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.metrics import Counts1D, Floats
+from expert_profiler.metrics.usage import Counts1D, Floats
 
 Array: TypeAlias = "npt.NDArray[Any]"
 

@@ -1,8 +1,8 @@
 """What a cache of offloaded experts lives on: that the next token chooses the same experts again.
 
 ``topk_ids`` is [tokens, K] of one layer, the ids of a token all different, rows sorted by (request,
-position); ``request`` and ``position`` are [tokens] integers. ``expert_profiler.lru`` has what a
-cache makes of it.
+position); ``request`` and ``position`` are [tokens] integers. ``expert_profiler.metrics.lru`` has
+what a cache makes of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.metrics import Counts1D
+from expert_profiler.metrics.usage import Counts1D
 
 Ids: TypeAlias = "npt.NDArray[Any]"
 
