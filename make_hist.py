@@ -20,8 +20,8 @@ from expert_profiler import errors
 from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
-    from expert_profiler.findings import Counts
-    from expert_profiler.reader import RouteLog
+    from expert_profiler.log.findings import Counts
+    from expert_profiler.log.route_log import RouteLog
 
 # A status line appears only when there is something to wait for.
 QUIET_SECONDS = 2.0
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     _check_output(args.out, args.log, args.force)
     # Only now: a wrong command line need not wait for these.
     from expert_profiler import plots
-    from expert_profiler.reader import open_log
+    from expert_profiler.log.route_log import open_log
 
     plots.load_ahead()
     if args.report is not None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import figures, report_data, tokens
+from expert_profiler import figures, report_data
 from expert_profiler.errors import UserError
-from expert_profiler.gather import Gathered, gather
+from expert_profiler.log import tokens
+from expert_profiler.log.route_log import open_log
+from expert_profiler.log.token_counts import Gathered, gather
 from expert_profiler.metrics import divergence, resampling, topk_normalised, usage
-from expert_profiler.reader import open_log
 
 SCHEMA = 1
 Array = npt.NDArray[Any]

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expert_profiler import errors, logfile, partfiles, recordio
+from expert_profiler import errors
 from expert_profiler.errors import UserError
-from expert_profiler.logfile import LogFile
+from expert_profiler.log import log_file, part_files, records
+from expert_profiler.log.log_file import LogFile
 
 SUFFIXES = (".jsonl", ".parquet")
 OnRows = Callable[[int], Any]
@@ -33,7 +34,7 @@ def convert(
     Returns the logs written.
     """
     _check(source, target)
-    files = logfile.open_run(source)
+    files = log_file.open_run(source)
     names = [_name(file.path, source, target, i) for i, file in enumerate(files)]
     for place in map(target.with_name, names):
         if place.exists() and not force:
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with tqdm(desc="converting", unit=" rows", unit_scale=True, delay=2) as bar:
         written = convert(args.source, args.target, args.force, bar.update)
-    before = _size(logfile.open_run(args.source))
-    after = _size(logfile.open_run(written[0]))
+    before = _size(log_file.open_run(args.source))
+    after = _size(log_file.open_run(written[0]))
     print(f"written  {', '.join(map(str, written))}")
     print(f"size     {before:,} -> {after:,} bytes")
     print(f"next: python make_hist.py {written[0]}")
@@ -69,15 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_jsonl(file: LogFile, header: dict[str, Any], target: Path, on_rows: OnRows) -> None:
-    recordio.write_jsonl(target, header, _read(file, on_rows), file.end)
+    records.write_jsonl(target, header, _read(file, on_rows), file.end)
 
 
 def _write_parquet(file: LogFile, header: dict[str, Any], target: Path, on_rows: OnRows) -> None:
     # How small the types may be is known only when all rows were seen: widen and start over.
-    for plan in recordio.plans(file):
+    for plan in records.plans(file):
         try:
-            recordio.write_parquet(target, header, _read(file, on_rows), file.end, plan)
-        except recordio.UnfitError:
+            records.write_parquet(target, header, _read(file, on_rows), file.end, plan)
+        except records.UnfitError:
             shutil.rmtree(target)
         else:
             return
@@ -86,8 +87,8 @@ def _write_parquet(file: LogFile, header: dict[str, Any], target: Path, on_rows:
     )
 
 
-def _read(file: LogFile, on_rows: OnRows) -> Iterator[recordio.Chunk]:
-    for chunk in recordio.read_parquet(file) if file.parts else recordio.read_jsonl(file):
+def _read(file: LogFile, on_rows: OnRows) -> Iterator[records.Chunk]:
+    for chunk in records.read_parquet(file) if file.parts else records.read_jsonl(file):
         yield chunk
         on_rows(chunk.rows.num_rows)
 
@@ -133,7 +134,7 @@ def _check(source: Path, target: Path) -> None:
         raise UserError(f"no directory {target.parent}; make it: mkdir -p {target.parent}")
     if target.exists() and source.exists() and target.samefile(source):
         raise UserError(f"{target} is the log itself; choose another target")
-    if target.is_dir() and any(target.iterdir()) and not partfiles.is_dataset(target):
+    if target.is_dir() and any(target.iterdir()) and not part_files.is_dataset(target):
         raise UserError(f"{target} is a directory and no route log; choose another target")
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from expert_profiler.reader import RouteLog
+    from expert_profiler.log.route_log import RouteLog
 
 SUFFIXES = {
     "sglang": (".pt",),
@@ -53,8 +53,8 @@ GROUP BY ALL
 def main(argv: list[str] | None = None) -> int:
     args = errors.parsed(_parser(), argv)
     _check_output(args)
-    from expert_profiler import tokens
-    from expert_profiler.reader import open_log
+    from expert_profiler.log import tokens
+    from expert_profiler.log.route_log import open_log
 
     with open_log(args.log, weights=True) as log:
         where = tokens.UNFLAGGED
@@ -82,7 +82,7 @@ def count_table(
     """(counts, weight mass) [layers, phases, experts] and rows [layers, phases]."""
     import numpy as np
 
-    from expert_profiler.findings import PHASES
+    from expert_profiler.log.findings import PHASES
 
     phases = log.counts().phases
     shape = len(log.layers), len(phases), log.num_experts

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.gather import Gathered
+from expert_profiler.log.token_counts import Gathered
 from expert_profiler.metrics import (
     coactivation,
     placement,

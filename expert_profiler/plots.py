@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.findings import Counts
+from expert_profiler.log.findings import Counts
 from expert_profiler.metrics import usage
 
 if TYPE_CHECKING:

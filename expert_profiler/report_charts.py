@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from expert_profiler import charts
 from expert_profiler.charts import Grid, Series
-from expert_profiler.gather import Gathered
+from expert_profiler.log.token_counts import Gathered
 from expert_profiler.metrics import coactivation, resampling, token_types, usage
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from expert_profiler import figures, tokens, vocabulary
-from expert_profiler.gather import Gathered, gather
+from expert_profiler import figures
+from expert_profiler.log import tokens, vocabulary
+from expert_profiler.log.route_log import RouteLog
+from expert_profiler.log.token_counts import Gathered, gather
 from expert_profiler.metrics import coactivation, placement, resampling, token_types, usage
-from expert_profiler.reader import RouteLog
 
 SCHEMA = 1
 PERMUTATIONS = 100

@@ -11,7 +11,7 @@ from expert_profiler.metrics import token_types
 from expert_profiler.page import Html, element, section, table
 
 if TYPE_CHECKING:
-    from expert_profiler.gather import Gathered
+    from expert_profiler.log.token_counts import Gathered
 
 _LISTED = 24  # layers with never-used experts shown on the page
 

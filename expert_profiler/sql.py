@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_profiler import errors, sources
+from expert_profiler import errors
 from expert_profiler.errors import UserError
-from expert_profiler.reader import RouteLog, open_log
+from expert_profiler.log import sources
+from expert_profiler.log.route_log import RouteLog, open_log
 
 if TYPE_CHECKING:
     import duckdb

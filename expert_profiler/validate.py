@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from expert_profiler import errors, logfile, partfiles
+from expert_profiler import errors
 from expert_profiler.errors import UserError
+from expert_profiler.log import log_file, part_files
 
 if TYPE_CHECKING:
-    from expert_profiler.reader import RouteLog
+    from expert_profiler.log.route_log import RouteLog
 
 # "warn": something a public logger's or a one-mode run's artifacts lack by nature.
 Verdict = Literal["pass", "FAIL", "skip", "warn"]
@@ -58,7 +59,7 @@ def validate(paths: dict[str, Path]) -> list[Check]:
     """Every check, in a fixed order. ``paths`` has those keys of NAMES that are to be looked at."""
     checks: list[Check] = []
     if "routes" in paths:
-        from expert_profiler.reader import open_log
+        from expert_profiler.log.route_log import open_log
 
         with open_log(paths["routes"]) as log:
             checks += _check_log(log)
@@ -133,7 +134,7 @@ def _route_lines(log: RouteLog) -> Check:
     if log.is_parquet:
         return _columns(log)
     for file in log.files:
-        if found := logfile.find_bad_line(file.path, public=log.is_public_logger):
+        if found := log_file.find_bad_line(file.path, public=log.is_public_logger):
             number, reason = found
             return Check("route lines", "FAIL", f"{file.path.name}, line {number}: {reason}")
     detail = f"{log.num_rows + log.rows_flagged:,} lines with every key and type"
@@ -284,7 +285,7 @@ def _prompts(prompts: Path | None, outputs: Path | None) -> Check:
     count = len(text.split(PROMPT_SEPARATOR)) if text.strip() else 0
     if outputs is None:
         return _verdict("prompts", count > 0, f"{count} prompts, no outputs beside them", "none")
-    from expert_profiler.outputs import read_outputs
+    from expert_profiler.log.outputs import read_outputs
 
     answered = len(read_outputs(outputs))
     return _verdict(
@@ -374,7 +375,7 @@ def _paths(args: argparse.Namespace) -> dict[str, Path]:
         if not folder.is_dir():
             raise UserError(f"no directory {folder}; name the one with the artifacts: --dir DIR")
         found = {key: folder / name for key, name in NAMES.items() if (folder / name).is_file()}
-        if "routes" not in found and partfiles.is_dataset(folder / PARQUET_ROUTES):
+        if "routes" not in found and part_files.is_dataset(folder / PARQUET_ROUTES):
             found["routes"] = folder / PARQUET_ROUTES
         if not found | named:
             raise UserError(f"no artifacts in {folder.absolute()}; make them with: ./test.sh")

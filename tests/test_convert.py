@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import convert, partfiles, recordio, validate
+from expert_profiler import convert, validate
 from expert_profiler.errors import UserError
-from expert_profiler.logfile import open_file
-from expert_profiler.reader import open_log
+from expert_profiler.log import part_files
+from expert_profiler.log import records as recordio
+from expert_profiler.log.log_file import open_file
+from expert_profiler.log.route_log import open_log
 from tests.logs import (
     Record,
     meta,
@@ -368,5 +370,5 @@ def test_a_folder_of_other_things_is_never_replaced(path: Path) -> None:
 def test_requests_keep_their_place(path: Path) -> None:
     rows = run_rows()
     write_log(path, [*rows[:3], request("a"), *rows[3:9], request("b"), *rows[9:], request("c")])
-    found = partfiles.requests(open_file(parquet_of(path)))
+    found = part_files.requests(open_file(parquet_of(path)))
     assert [(at, record["req_id"]) for at, record in found] == [(3, "a"), (9, "b"), (24, "c")]

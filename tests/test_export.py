@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from expert_profiler import errors, export
+from expert_profiler.log.route_log import open_log
 from expert_profiler.metrics import placement
-from expert_profiler.reader import open_log
 from tests.logs import meta, public_meta, route, run_rows, write_log
 from tests.test_placement import vllm_policy
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import gather as gathering
-from expert_profiler import tokens
-from expert_profiler.gather import Gathered, gather
-from expert_profiler.reader import open_log
+from expert_profiler.log import token_counts as gathering
+from expert_profiler.log import tokens
+from expert_profiler.log.route_log import open_log
+from expert_profiler.log.token_counts import Gathered, gather
 from tests.logs import meta, route, run_rows, write_log
 from tests.test_lru import kept_cache
 

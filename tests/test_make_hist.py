@@ -13,7 +13,7 @@ import pytest
 
 import make_hist
 from expert_profiler import errors, plots
-from expert_profiler.findings import Counts
+from expert_profiler.log.findings import Counts
 from tests.logs import PNG, meta, route, run_rows, write_log, write_public_log
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from expert_profiler import figures, page, report_charts
-from expert_profiler.gather import gather
-from expert_profiler.reader import open_log
+from expert_profiler.log.route_log import open_log
+from expert_profiler.log.token_counts import gather
 from tests.logs import meta, route, write_log
 
 EVIL = "<script>alert('x')</script>&\""

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_profiler.errors import UserError
-from expert_profiler.reader import CONTAMINATION_RUN, Contamination, open_log
+from expert_profiler.log.route_log import CONTAMINATION_RUN, Contamination, open_log
 from tests.logs import (
     Record,
     meta,

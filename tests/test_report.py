@@ -14,8 +14,8 @@ import pytest
 
 import make_hist
 from expert_profiler import errors, figures, page, report
-from expert_profiler.gather import gather
-from expert_profiler.reader import open_log
+from expert_profiler.log.route_log import open_log
+from expert_profiler.log.token_counts import gather
 from expert_profiler.report_data import collect, pass_balance
 from tests.logs import Record, meta, public_meta, route, run_rows, write_log
 

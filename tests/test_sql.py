@@ -11,7 +11,7 @@ import pytest
 
 from expert_profiler import convert, sql
 from expert_profiler.errors import UserError
-from expert_profiler.reader import open_log
+from expert_profiler.log.route_log import open_log
 from tests.logs import meta, route, run_rows, write_log, write_outputs
 
 

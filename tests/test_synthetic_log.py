@@ -9,7 +9,7 @@ import pytest
 
 from expert_profiler import convert
 from expert_profiler.errors import UserError
-from expert_profiler.reader import open_log
+from expert_profiler.log.route_log import open_log
 from tools import bench_reading, make_synthetic_log
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler.tally import Batch, Tally
+from expert_profiler.log.row_counts import Batch, Tally
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 # request, position, layer, phase, flagged, ids

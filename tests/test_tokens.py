@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import tokens
 from expert_profiler.errors import UserError
-from expert_profiler.reader import open_log
+from expert_profiler.log import tokens
+from expert_profiler.log.route_log import open_log
 from tests.logs import Record, meta, route, run_rows, write_log
 
 ROWS = st.lists(

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expert_profiler import errors, vocabulary
+from expert_profiler import errors
+from expert_profiler.log import vocabulary
 from expert_profiler.metrics import token_types
 from tests.logs import meta, route, run_rows, write_log
 from tests.test_report import data_of

@@ -85,7 +85,7 @@ def schedule(spec: Spec) -> Iterator[Tokens]:
 
 def chunks(spec: Spec) -> Iterator[Any]:
     """The rows, as ``recordio.Chunk``s; requests are summed up as they end."""
-    from expert_profiler.recordio import Chunk
+    from expert_profiler.log.records import Chunk
 
     rng = np.random.default_rng((spec.seed, 1))
     shape = (2, spec.layers, spec.experts)
@@ -197,7 +197,8 @@ def header(spec: Spec, name: str) -> dict[str, Any]:
 
 def make(path: Path, spec: Spec, on_rows: Any) -> None:
     """Write the log to ``path``."""
-    from expert_profiler import logfile, recordio
+    from expert_profiler.log import log_file
+    from expert_profiler.log import records as recordio
 
     *_, last = schedule(spec)
     raw = {
@@ -212,7 +213,7 @@ def make(path: Path, spec: Spec, on_rows: Any) -> None:
         "drops": {"queue_full": 0},
         "self_check": {"verdict": "pass", "checks": []},
     }
-    end = logfile.parse_end(path, raw)
+    end = log_file.parse_end(path, raw)
 
     def counted() -> Iterator[Any]:
         for chunk in chunks(spec):

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.client import pristine_vllm
-from expert_profiler import convert, logfile, recordio
+from expert_profiler import convert
+from expert_profiler.log import log_file, records
 from tests.engine import harness
 
 PROMPTS = [
@@ -184,10 +185,10 @@ def test_a_row_takes_at_most_18_bytes_in_parquet_and_11_with_float16_weights(
     half = tmp_path / "half.parquet"
     chunks = [
         chunk._replace(rows=rounded(chunk.rows))
-        for chunk in recordio.read_parquet(logfile.open_file(rows))
+        for chunk in records.read_parquet(log_file.open_file(rows))
     ]
-    plan = recordio.Plan(60, 4, "float16")
-    recordio.write_parquet(half, recorded["first"].meta, chunks, None, plan)
+    plan = records.Plan(60, 4, "float16")
+    records.write_parquet(half, recorded["first"].meta, chunks, None, plan)
     for path in (rows, half):
         sizes[path] = sum(part.stat().st_size for part in path.iterdir()) / recorded["first"].rows
     print(f"{sizes[rows]:.2f} bytes a row, {sizes[half]:.2f} with float16 weights")

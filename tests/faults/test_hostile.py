@@ -24,8 +24,8 @@ from vllm.moe_routes.layers import parse_selection, select
 
 from expert_profiler import convert, errors, sql, validate
 from expert_profiler.errors import UserError
-from expert_profiler.outputs import read_outputs
-from expert_profiler.reader import open_log
+from expert_profiler.log.outputs import read_outputs
+from expert_profiler.log.route_log import open_log
 from tests import logs
 from tests.faults.table import FULL
 from tests.recorder.build import QUICK, a_layer

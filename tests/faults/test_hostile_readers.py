@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import run_profile
 from expert_profiler import compare_data, convert, export, models, preflight, validate
-from expert_profiler.outputs import read_outputs
+from expert_profiler.log.outputs import read_outputs
+from expert_profiler.log.route_log import open_log
+from expert_profiler.log.vocabulary import read_tokens
 from expert_profiler.prompts import read_prompts
-from expert_profiler.reader import open_log
 from expert_profiler.report_data import collect
-from expert_profiler.vocabulary import read_tokens
 from tests import logs
 from tests.faults.table import FULL
 from tests.faults.test_hostile import answers, ask_everything, damaged, sound_log, values

@@ -513,7 +513,7 @@ def test_a_process_that_just_ends_closes_its_recording(
     """An engine in the user's own process is never told to shut its worker down."""
     at_exit: list[Callable[[], None]] = []
     exits = SimpleNamespace(register=at_exit.append, unregister=at_exit.remove)
-    monkeypatch.setattr(module.goodbye, "atexit", exits)
+    monkeypatch.setattr(module.process_exit, "atexit", exits)
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     (at_end,) = at_exit
@@ -553,7 +553,7 @@ def test_a_recording_that_ended_without_anybody_waiting_holds_no_model(
     """What is called at the end of a process holds the recorder, and that the model."""
     at_exit: list[Callable[[], None]] = []
     exits = SimpleNamespace(register=at_exit.append, unregister=at_exit.remove)
-    monkeypatch.setattr(module.goodbye, "atexit", exits)
+    monkeypatch.setattr(module.process_exit, "atexit", exits)
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     assert _do(runner, "stop", timeout=0)["ok"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from expert_profiler import engine
 from expert_profiler.errors import UserError
-from expert_profiler.reader import PHASES, open_log
+from expert_profiler.log.route_log import PHASES, open_log
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from expert_profiler import logfile
 from expert_profiler.errors import UserError
-from expert_profiler.logfile import LogFile
+from expert_profiler.log import log_file
+from expert_profiler.log.log_file import LogFile
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,8 +64,8 @@ def told(files: Sequence[LogFile]) -> Iterator[None]:
             f"{files[0].path}: {fact}; free disk space or set TMPDIR to a larger disk"
         ) from None
     except (duckdb.Error, UnicodeDecodeError) as error:
-        logfile.raise_bad_line(files)
+        log_file.raise_bad_line(files)
         fact = str(error).splitlines()[0]
         if isinstance(error, UnicodeDecodeError):  # it cut its own message within a character
             fact = "DuckDB refuses a line, and what it says of it is no text"
-        raise UserError(f"{files[0].path}: {fact}; {logfile.RECORD_AGAIN}") from None
+        raise UserError(f"{files[0].path}: {fact}; {log_file.RECORD_AGAIN}") from None

@@ -86,10 +86,10 @@ class LogFile:
 
 def open_file(path: Path) -> LogFile:
     """Read the header and the end record of the log at ``path``."""
-    from expert_profiler import partfiles
+    from expert_profiler.log import part_files
 
-    if partfiles.is_dataset(path):
-        return partfiles.open_dataset(path)
+    if part_files.is_dataset(path):
+        return part_files.open_dataset(path)
     size = _require_log(path)
     with path.open("rb") as file:
         meta = parse_header(path, file.readline(MAX_LINE_BYTES))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.reader import CONTAMINATION_RUN, RouteLog
+from expert_profiler.log.route_log import CONTAMINATION_RUN, RouteLog
 
 Ids: TypeAlias = "npt.NDArray[np.int16]"
 

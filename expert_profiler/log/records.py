@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from expert_profiler import logfile, partfiles
 from expert_profiler.errors import UserError
-from expert_profiler.logfile import End, LogFile
+from expert_profiler.log import log_file, part_files
+from expert_profiler.log.log_file import End, LogFile
 
-_RECORDER = Path(__file__).resolve().parents[1] / "overlay/vllm/moe_routes"
+_RECORDER = Path(__file__).resolve().parents[2] / "overlay/vllm/moe_routes"
 _DATASET = _RECORDER / "writing/formats/dataset.py"
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1 << 16
@@ -130,11 +130,11 @@ def _other(path: Path, number: int, line: bytes, error: Exception) -> dict[str, 
     try:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as broken:
-        raise logfile.bad_line_error(path, number, f"not valid JSON: {broken}") from None
+        raise log_file.bad_line_error(path, number, f"not valid JSON: {broken}") from None
     if isinstance(record, dict) and record.get("type") == "request":
         return record
     reason = f"cannot be kept without loss: {error}"
-    raise logfile.bad_line_error(path, number, reason) from None
+    raise log_file.bad_line_error(path, number, reason) from None
 
 
 def _table(file: LogFile, rows: list[_Route]) -> pa.Table:
@@ -222,7 +222,7 @@ def _python_lists(column: Any) -> list[list[Any]]:
 
 def read_parquet(file: LogFile) -> Iterator[Chunk]:
     """The rows and request records of a Parquet log."""
-    waiting = list(partfiles.requests(file))[::-1]
+    waiting = list(part_files.requests(file))[::-1]
     rows_before = 0
     for part in file.parts:
         for batch in pq.ParquetFile(part).iter_batches(_CHUNK_ROWS):

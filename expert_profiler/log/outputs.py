@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from expert_profiler import logfile
 from expert_profiler.errors import UserError
+from expert_profiler.log import log_file
 
 
 def read_outputs(path: Path) -> dict[str, int]:
@@ -23,12 +23,12 @@ def read_outputs(path: Path) -> dict[str, int]:
                     length = len(record["prompt_token_ids"]) + len(record["token_ids"]) - 1
                 except (KeyError, RecursionError, TypeError, ValueError) as error:
                     what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
-                    raise logfile.bad_line_error(path, number, what) from None
+                    raise log_file.bad_line_error(path, number, what) from None
                 if req_id in positions:
-                    raise logfile.bad_line_error(path, number, f"request {req_id} comes twice")
+                    raise log_file.bad_line_error(path, number, f"request {req_id} comes twice")
                 positions[req_id] = length
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {logfile.RECORD_AGAIN}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; {log_file.RECORD_AGAIN}") from None
     if not positions:
-        raise UserError(f"{path} is empty; {logfile.RECORD_AGAIN}")
+        raise UserError(f"{path} is empty; {log_file.RECORD_AGAIN}")
     return positions

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from expert_profiler import logfile
 from expert_profiler.errors import UserError
-from expert_profiler.logfile import RECORD_AGAIN, LogFile
+from expert_profiler.log import log_file
+from expert_profiler.log.log_file import RECORD_AGAIN, LogFile
 
 META, REQUESTS, END = b"moe_routes.meta", b"moe_routes.requests", b"moe_routes.end"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
@@ -40,7 +40,7 @@ def open_dataset(path: Path) -> LogFile:
             raise UserError(
                 f"{part} belongs to another recording than {parts[0].name}; move it away"
             )
-    meta = logfile.parse_header(parts[0], headers[0] or b"")
+    meta = log_file.parse_header(parts[0], headers[0] or b"")
     ended = [i for i, footer in enumerate(footers) if END in footer]
     if ended and ended[0] != len(parts) - 1:
         raise UserError(
@@ -48,7 +48,7 @@ def open_dataset(path: Path) -> LogFile:
             "move the parts after it away"
         )
     sizes = [part.stat().st_size for part in parts]
-    end = logfile.parse_end(parts[-1], _record(parts[-1], footers[-1][END])) if ended else None
+    end = log_file.parse_end(parts[-1], _record(parts[-1], footers[-1][END])) if ended else None
     before_end = sum(sizes[:-1]) if ended else sum(sizes)
     return LogFile(path, sum(sizes), meta, end, before_end, 0, tuple(parts))
 

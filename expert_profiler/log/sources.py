@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from expert_profiler import logfile
-from expert_profiler.logfile import LogFile
-from expert_profiler.scanning import KIND, PHASE
+from expert_profiler.log import log_file
+from expert_profiler.log.log_file import LogFile
+from expert_profiler.log.scan import KIND, PHASE
 
 # Types are given, not guessed: a guess reads the start of the file only.
 ROUTE_COLUMNS = (
@@ -27,7 +27,7 @@ def json_source(files: Sequence[LogFile], columns: str) -> str:
     return (
         f"read_json([{paths}], format = 'newline_delimited', columns = {columns}, "
         f"ignore_errors = {lenient}, compression = 'uncompressed', hive_partitioning = false, "
-        f"maximum_object_size = {logfile.MAX_LINE_BYTES})"
+        f"maximum_object_size = {log_file.MAX_LINE_BYTES})"
     )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expert_profiler.errors import UserError
-from expert_profiler.logfile import LogFile
-from expert_profiler.tally import Batch, Tally
+from expert_profiler.log.log_file import LogFile
+from expert_profiler.log.row_counts import Batch, Tally
 
 if TYPE_CHECKING:
     import duckdb

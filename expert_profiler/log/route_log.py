@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import duck, logfile, partfiles, sampling, scanning, sources
 from expert_profiler.errors import UserError
-from expert_profiler.findings import (
+from expert_profiler.log import duck, log_file, part_files, sampling, scan, sources
+from expert_profiler.log.findings import (
     CONTAMINATION_RUN,
     PHASES,
     Contamination,
@@ -31,9 +31,9 @@ from expert_profiler.findings import (
     phase_codes,
     selection,
 )
-from expert_profiler.logfile import End, LogFile, Meta
-from expert_profiler.outputs import read_outputs
-from expert_profiler.tally import Tally
+from expert_profiler.log.log_file import End, LogFile, Meta
+from expert_profiler.log.outputs import read_outputs
+from expert_profiler.log.row_counts import Tally
 
 if TYPE_CHECKING:
     import duckdb
@@ -75,7 +75,7 @@ def open_log(
 
     on_progress, if given, gets the percentage read so far every half second, and 100 at the end.
     """
-    files = logfile.open_run(Path(path))
+    files = log_file.open_run(Path(path))
     scratch = tempfile.mkdtemp(prefix="expert-profiler-")
     try:
         log = RouteLog(files, scratch, weights)
@@ -98,7 +98,7 @@ class RouteLog:
         self._tally = Tally()
         self.path = files[0].path
         self.meta: Meta = files[0].meta
-        self.end: End | None = logfile.merge_ends([file.end for file in files])
+        self.end: End | None = log_file.merge_ends([file.end for file in files])
         self._loaded = False
 
     # ---- facts -------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class RouteLog:
         if self.is_parquet:
             found: dict[str, int] = {}
             for file in self.files:
-                for _, record in partfiles.requests(file):
+                for _, record in part_files.requests(file):
                     cached, req = int(record.get("cached_tokens") or 0), str(record["req_id"])
                     found[req] = max(cached, found.get(req, 0))
             return {req: n for req, n in found.items() if n}
@@ -310,18 +310,18 @@ class RouteLog:
         bad = 0
         try:
             if self.is_parquet:
-                scanning.scan_parquet(self.files, self._tally, on_progress)
+                scan.scan_parquet(self.files, self._tally, on_progress)
             else:
                 source = sources.json_source(self.files, sources.SCAN_COLUMNS)
                 with duck.told(self.files), duck.watching(self._db, on_progress):
-                    bad = scanning.scan_jsonl(self._db, source, self._tally)
-        except scanning.MalformedError as error:
-            logfile.raise_bad_line(self.files)
-            raise UserError(f"{self.path}: {error}; {logfile.RECORD_AGAIN}") from None
+                    bad = scan.scan_jsonl(self._db, source, self._tally)
+        except scan.MalformedError as error:
+            log_file.raise_bad_line(self.files)
+            raise UserError(f"{self.path}: {error}; {log_file.RECORD_AGAIN}") from None
         if bad > sum(file.partial_bytes > 0 for file in self.files):
-            logfile.raise_bad_line(self.files)
+            log_file.raise_bad_line(self.files)
         if not len(self._cell_rows):
-            raise UserError(f"{self.path} has a header but no route rows; {logfile.RECORD_AGAIN}")
+            raise UserError(f"{self.path} has a header but no route rows; {log_file.RECORD_AGAIN}")
 
     def _load(self) -> None:
         """Make ``routes``."""

@@ -12,13 +12,13 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import tokens
 from expert_profiler.errors import UserError
-from expert_profiler.findings import PHASES
+from expert_profiler.log import tokens
+from expert_profiler.log.findings import PHASES
+from expert_profiler.log.route_log import RouteLog
+from expert_profiler.log.tokens import TokenBatch
 from expert_profiler.metrics import coactivation, lru, reuse, usage
 from expert_profiler.metrics.usage import Floats
-from expert_profiler.reader import RouteLog
-from expert_profiler.tokens import TokenBatch
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 Labeller: TypeAlias = Callable[[TokenBatch], "npt.NDArray[np.int8]"]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import logfile
 from expert_profiler.errors import UserError
+from expert_profiler.log import log_file
+from expert_profiler.log.tokens import TokenBatch
 from expert_profiler.metrics import token_types
-from expert_profiler.tokens import TokenBatch
 
 #: The permutation test of a layer looks at no more tokens than this.
 SAMPLE_TOKENS = 20_000
@@ -68,7 +68,7 @@ def read_tokens(outputs: Path) -> dict[str, npt.NDArray[np.int64]]:
                 found[str(record["req_id"])] = np.array(ids, dtype=np.int64)
             except (KeyError, RecursionError, TypeError, ValueError) as error:
                 what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
-                raise logfile.bad_line_error(outputs, number, what) from None
+                raise log_file.bad_line_error(outputs, number, what) from None
     return found
 
 
