@@ -31,13 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     args = errors.parsed(_parser(), argv)
     _check_output(args.out, args.log, args.force)
     # Only now: a wrong command line need not wait for these.
-    from expert_profiler import plots
     from expert_profiler.log.route_log import open_log
+    from expert_profiler.report import histogram
 
-    plots.load_ahead()
+    histogram.load_ahead()
     if args.report is not None:
-        from expert_profiler import page
-        from expert_profiler import report as reports
+        from expert_profiler.report import page
+        from expert_profiler.report import report_page as reports
 
         page.prepare(args.report, reports.NAMES, args.force, "--report")
     with open_log(args.log, on_progress=_status(args.log), weights=args.report is not None) as log:
@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
                 "add --include-flagged or choose another --layer"
             )
         print(report(log, counts, args.include_flagged))
-        figure = plots.expert_histogram(
+        figure = histogram.expert_histogram(
             counts,
             model_id=log.meta.model_id,
             requests=log.requests,
             id_space=log.meta.raw.get("expert_ids"),
             cautions=log.lost_rows + log.suspicions,
         )
-        plots.save_png(figure, args.out)
+        histogram.save_png(figure, args.out)
         if args.report is not None:
             _write_report(log, args)
         lost = bool(log.lost_rows)
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write_report(log: RouteLog, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from expert_profiler import report as reports
-    from expert_profiler.report_data import collect
+    from expert_profiler.report import report_page as reports
+    from expert_profiler.report.report_data import collect
 
     rows = log.num_rows * (2 if log.contamination.rows else 1)
     tokens = rows // max(1, len(log.layers))
@@ -87,8 +87,8 @@ def _write_report(log: RouteLog, args: argparse.Namespace) -> None:
 
 def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
     """The figures as aligned text, one fact a line."""
-    from expert_profiler import plots
     from expert_profiler.metrics import usage
+    from expert_profiler.report import histogram
 
     total = counts.per_expert
     experts, choices = counts.num_experts, int(total.sum())
@@ -112,7 +112,7 @@ def report(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str:
         ),
         ("effective experts", f"{usage.effective_experts(total):.1f} of {experts}"),
         ("max/mean", f"{usage.max_over_mean(total):.2f}"),
-        ("never used", f"{len(idle)} experts" + (f": {plots.listed(idle)}" if idle else "")),
+        ("never used", f"{len(idle)} experts" + (f": {histogram.listed(idle)}" if idle else "")),
     ]
     if len(layers) > 1:
         # Adding up layers evens out what single layers do: experts of one id are unrelated.

@@ -21,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from expert_profiler import engine, model_sizes, models, patching, timing
 from expert_profiler.errors import UserError, parsed, run
-from expert_profiler.prompts import PromptSet, load_prompts, write_prompts
+from expert_profiler.patch import patching
+from expert_profiler.run import engine, model_sizes, models, timing
+from expert_profiler.run.prompts import PromptSet, load_prompts, write_prompts
 
 ROUTES, OUTPUTS, TIMING, PROMPTS = "moe_routes.jsonl", "outputs.jsonl", "timing.json", "prompts.txt"
 MODES = ("no_log", "log")

@@ -36,7 +36,7 @@ esac
 find_python
 case $command in
 preflight)
-  exec "$PYTHON" -m expert_profiler.preflight "$@"
+  exec "$PYTHON" -m expert_profiler.run.preflight "$@"
   ;;
 validate)
   make_env "$(lock_for_machine)"
@@ -44,9 +44,9 @@ validate)
   exec .venv/bin/python -m expert_profiler.validate "$@"
   ;;
 run)
-  "$PYTHON" -m expert_profiler.preflight --brief "$@" || exit 2
+  "$PYTHON" -m expert_profiler.run.preflight --brief "$@" || exit 2
   make_env "$(lock_for_machine)"
   ./apply_patch.sh
-  exec .venv/bin/python -m expert_profiler.pipeline "$@"
+  exec .venv/bin/python -m expert_profiler.run.pipeline "$@"
   ;;
 esac

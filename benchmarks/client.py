@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import IO, Any
 
 from benchmarks.cases import Case
-from expert_profiler import engine as engines
-from expert_profiler import patching
 from expert_profiler.errors import UserError
+from expert_profiler.patch import patching
+from expert_profiler.run import engine as engines
 
 REPO = Path(__file__).resolve().parent.parent
 

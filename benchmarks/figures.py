@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.cases import AA, MODES, YARDSTICK
-from expert_profiler import timing
+from expert_profiler.run import timing
 
 Pass = Mapping[str, Any]
 

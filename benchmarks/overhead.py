@@ -41,9 +41,10 @@ from benchmarks.cases import (
 )
 from benchmarks.client import REPO, Engine, environment, pristine_vllm
 from benchmarks.figures import Pair
-from expert_profiler import models, patching
 from expert_profiler.errors import UserError, run
-from expert_profiler.plots import save_png
+from expert_profiler.patch import patching
+from expert_profiler.report.histogram import save_png
+from expert_profiler.run import models
 from run_profile import cpu_name
 from tools import make_tiny_moe
 

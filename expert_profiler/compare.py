@@ -20,8 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from expert_profiler import errors, models, page
+from expert_profiler import errors
 from expert_profiler.errors import UserError
+from expert_profiler.report import page
+from expert_profiler.run import models
 
 NAMES = ("compare.html", "compare.json")
 PHASES = ("all", "prefill", "decode")
@@ -36,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     logs = [_recorded(log, args.out) for log in args.logs]
     from tqdm import tqdm
 
-    from expert_profiler import compare_page
-    from expert_profiler.compare_data import compared, read_run, table
+    from expert_profiler.report import comparison_page
+    from expert_profiler.report.comparison import compared, read_run, table
 
     runs = []
     with tqdm(total=len(logs), desc="reading", unit="log", delay=2) as progress:
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             progress.update()
     data = compared(runs, args.phase)
     page.write(args.out / NAMES[1], page.as_json(data))
-    page.write(args.out / NAMES[0], compare_page.html(data, runs))
+    page.write(args.out / NAMES[0], comparison_page.html(data, runs))
     print(table(data))
     for run in runs:
         for note in run.verdict["notes"]:

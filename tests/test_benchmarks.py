@@ -29,7 +29,7 @@ from benchmarks.cases import (
 from benchmarks.figures import Pair
 from benchmarks.probes import Probes
 from expert_profiler.errors import UserError
-from expert_profiler.plots import save_png
+from expert_profiler.report.histogram import save_png
 
 CASE = Case(prompt_tokens=4, batch=2, output_tokens=3)
 MOE_LAYERS = 24

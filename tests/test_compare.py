@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_profiler import compare, compare_page, errors
+from expert_profiler import compare, errors
+from expert_profiler.report import comparison_page
 from tests.logs import Record, meta, route, run_rows, write_log
 
 
@@ -45,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; the tests of the page draw."""
-    monkeypatch.setattr(compare_page.charts, "png", lambda figure: b"")
+    monkeypatch.setattr(comparison_page.charts, "png", lambda figure: b"")
 
 
 def compared(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_profiler import models, prompts
+from expert_profiler.run import models, prompts
 from tools import demo_evidence
 from tools import train_demo_moe as training
 from tools.demo import card, corpus, specialists, tokens

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expert_profiler.errors import UserError
-from expert_profiler.gitfence import git_environment
-from expert_profiler.patchfile import parse_patch
+from expert_profiler.patch.git_environment import git_environment
+from expert_profiler.patch.patch_file import parse_patch
 from tests.patch_kit import (
     ADDED,
     PATCHED,

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import make_hist
-from expert_profiler import errors, plots
+from expert_profiler import errors
 from expert_profiler.log.findings import Counts
+from expert_profiler.report import histogram
 from tests.logs import PNG, meta, route, run_rows, write_log, write_public_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +212,7 @@ def test_no_text_of_the_plot_overlaps_or_leaves_it(
 ) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = plots.expert_histogram(
+    figure = histogram.expert_histogram(
         some_counts(experts, phases=phases),
         model_id="/a very/long path/$x$/" * 20,
         requests=25,
@@ -254,7 +255,7 @@ def drawn_texts(figure: Any) -> Iterator[Any]:
 def test_the_plot_says_what_it_shows() -> None:
     from matplotlib.text import Text
 
-    figure = plots.expert_histogram(
+    figure = histogram.expert_histogram(
         some_counts(8), model_id="tiny/moe", requests=3, cautions=["rows were lost"]
     )
     words = "\n".join(text.get_text() for text in figure.findobj(Text))
@@ -276,7 +277,7 @@ def test_the_plot_says_what_it_shows() -> None:
 
 def test_the_bars_are_the_shares() -> None:
     counts = some_counts(8)
-    axes = plots.expert_histogram(counts, model_id="m", requests=1).axes[0]
+    axes = histogram.expert_histogram(counts, model_id="m", requests=1).axes[0]
     heights = np.zeros(8)
     for container in axes.containers:
         heights += [bar.get_height() for bar in container]
@@ -289,7 +290,7 @@ def test_the_bars_are_the_shares() -> None:
     [([5, 50, 90], [10, 50, 90]), ([50, 50.5, 51], [30.5, 50.5, 70.5]), ([98, 99], [70, 90])],
 )
 def test_labels_stand_apart_and_inside(wanted: list[float], expected: list[float]) -> None:
-    assert plots._spread(wanted, 20, 0, 100) == pytest.approx(expected)
+    assert histogram._spread(wanted, 20, 0, 100) == pytest.approx(expected)
 
 
 def test_the_note_of_a_self_check_reaches_the_user(

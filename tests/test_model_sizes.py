@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from expert_profiler import model_sizes, models
 from expert_profiler.errors import UserError
-from expert_profiler.model_sizes import GIB, SHAPES, MoeShape
-from expert_profiler.models import GpuMemory
+from expert_profiler.run import model_sizes, models
+from expert_profiler.run.model_sizes import GIB, SHAPES, MoeShape
+from expert_profiler.run.models import GpuMemory
 
 QWEN = models.PRESETS["full"].model
 

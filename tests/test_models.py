@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from expert_profiler import models
 from expert_profiler.errors import UserError
-from expert_profiler.models import GpuMemory
+from expert_profiler.run import models
+from expert_profiler.run.models import GpuMemory
 
 
 def test_auto_takes_the_quantized_model_with_a_gpu_and_the_demo_model_without() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from expert_profiler import figures, page, report_charts
 from expert_profiler.log.route_log import open_log
 from expert_profiler.log.token_counts import gather
+from expert_profiler.report import page, report_charts, summary
 from tests.logs import meta, route, write_log
 
 EVIL = "<script>alert('x')</script>&\""
@@ -52,13 +52,13 @@ def test_nothing_overlaps_in_a_large_models_pictures(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.jsonl", rows, meta(layers=layers, experts=256, top_k=8))
     with open_log(path, weights=True) as log:
         found = gather(log)
-    entries = figures.by_layer(found)
+    entries = summary.by_layer(found)
     drawn = [
         report_charts.load_maps(found)[0][1],
         report_charts.evenness(found, entries, None),
         report_charts.together(found, entries)[0],
         report_charts.caching(found, entries),
-        report_charts.parallel(figures.expert_parallel(found)),
+        report_charts.parallel(summary.expert_parallel(found)),
     ]
     for figure in drawn:
         assert figure is not None

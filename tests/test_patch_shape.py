@@ -8,7 +8,7 @@ import io
 import pytest
 from unidiff import PatchedFile, PatchSet
 
-from expert_profiler import patching
+from expert_profiler.patch import patching
 from tests.patch_kit import PATCH, REPO, export_patch
 
 LAYER = "vllm/model_executor/layers/fused_moe/layer.py"

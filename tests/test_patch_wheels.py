@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from expert_profiler import patching
-from expert_profiler.patching import State
+from expert_profiler.patch import patching
+from expert_profiler.patch.patching import State
 from tests.patch_kit import PATCH, check_wheels
 
 

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import patchfile, patching, replacing
 from expert_profiler.errors import UserError
-from expert_profiler.patching import State
+from expert_profiler.patch import file_changes, patch_file, patching
+from expert_profiler.patch.patching import State
 from tests.patch_kit import ADDED, PATCHED, REPO, WHEEL, Wheel, make_wheel, patch_bytes, snapshot
 
 VERSION = "0.15.1"
@@ -458,7 +458,7 @@ DENIED = PermissionError(errno.EACCES, "Permission denied")
         (Path, "mkdir", 2),
         (os, "open", 8),
         (os, "fsync", 6),
-        (replacing, "_keep", 6),
+        (file_changes, "_keep", 6),
     ],
 )
 @pytest.mark.parametrize("error", [FULL, DENIED, KeyboardInterrupt()], ids=["full", "denied", "^C"])
@@ -602,7 +602,7 @@ def test_blob_ids_are_those_of_git(tmp_path: Path) -> None:
         (tmp_path / "f").write_bytes(content)
         command = ["git", "hash-object", "--no-filters", str(tmp_path / "f")]
         git = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-        assert patchfile.blob_id(content) == git.stdout.strip()
+        assert patch_file.blob_id(content) == git.stdout.strip()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from expert_profiler import models, pipeline
+from expert_profiler.run import models, pipeline
 from tools import make_tiny_moe
 
 

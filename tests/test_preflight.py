@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from expert_profiler import models, patching, preflight
 from expert_profiler.errors import UserError
-from expert_profiler.patching import State
-from expert_profiler.preflight import GB, Check
+from expert_profiler.patch import patching
+from expert_profiler.patch.patching import State
+from expert_profiler.run import models, preflight
+from expert_profiler.run.preflight import GB, Check
 
 REPO = Path(preflight.__file__).resolve().parent.parent
 
@@ -206,7 +207,7 @@ def test_a_patch_that_is_missing_is_a_line_too(monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_runs_where_nothing_is_installed() -> None:
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "expert_profiler.preflight", "--model", "tiny"],
+        [sys.executable, "-S", "-m", "expert_profiler.run.preflight", "--model", "tiny"],
         cwd=REPO,
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_profiler import hub, prompts
 from expert_profiler.errors import UserError
+from expert_profiler.run import hub, prompts
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import make_hist
-from expert_profiler import errors, figures, page, report
+from expert_profiler import errors
 from expert_profiler.log.route_log import open_log
 from expert_profiler.log.token_counts import gather
-from expert_profiler.report_data import collect, pass_balance
+from expert_profiler.report import page, report_page, summary
+from expert_profiler.report.report_data import collect, pass_balance
 from tests.logs import Record, meta, public_meta, route, run_rows, write_log
 
 EVIL = "<script>alert('x')</script>&\""
@@ -40,7 +41,7 @@ def report_of(folder: Path) -> tuple[dict[str, Any], str]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; the test of the whole page draws."""
-    monkeypatch.setattr(report.charts, "png", lambda figure: b"")
+    monkeypatch.setattr(report_page.charts, "png", lambda figure: b"")
 
 
 def data_of(path: Path, **options: Any) -> dict[str, Any]:
@@ -217,14 +218,14 @@ def test_built_cases_have_closed_forms(
     with open_log(path, weights=True) as log:
         found = gather(log)
     key = {
-        f["name"]: f["value"] for f in figures.key_figures(found, figures.expert_parallel(found))
+        f["name"]: f["value"] for f in summary.key_figures(found, summary.expert_parallel(found))
     }
     assert key["effective experts"] == pytest.approx(100 * effective / 8, rel=1e-3)
     assert key["load of the hottest tenth"] == pytest.approx(100 * tenth)
     assert key["never used"] == dead
     assert key["balance over 8 ranks"] == pytest.approx(100 * balance, rel=1e-3)
     assert math.isnan(key["prefill against decode"])
-    entries = figures.by_layer(found)
+    entries = summary.by_layer(found)
     if kind == "blocks":
         # Every token and its next are in different blocks; a layer tells the next one's block.
         assert entries[0]["next_token_reuse"]["all"] == 0

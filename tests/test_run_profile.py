@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 import run_profile
-from expert_profiler import errors, models, patching
+from expert_profiler import errors
+from expert_profiler.patch import patching
+from expert_profiler.run import models
 
 MOE = {"num_hidden_layers": 24, "num_experts": 60, "max_position_embeddings": 2048}
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_profiler.timing import Repeat, overhead, summarise
+from expert_profiler.run.timing import Repeat, overhead, summarise
 
 seconds = st.floats(0.01, 1000)
 

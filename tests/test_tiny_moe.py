@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_profiler import models
 from expert_profiler.errors import UserError
+from expert_profiler.run import models
 from tools import make_tiny_moe
 from tools.make_tiny_moe import TinyMoeSpec, build
 

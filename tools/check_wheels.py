@@ -25,11 +25,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from expert_profiler import patching  # noqa: E402
 from expert_profiler.errors import UserError, run  # noqa: E402
-from expert_profiler.gitfence import git_environment  # noqa: E402
-from expert_profiler.patchfile import Patch  # noqa: E402
-from expert_profiler.patching import State  # noqa: E402
+from expert_profiler.patch import patching  # noqa: E402
+from expert_profiler.patch.git_environment import git_environment  # noqa: E402
+from expert_profiler.patch.patch_file import Patch  # noqa: E402
+from expert_profiler.patch.patching import State  # noqa: E402
 
 
 def unpack(wheel: Path, patch: Patch, folder: Path) -> None:

@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from expert_profiler import models, patching
 from expert_profiler.errors import UserError, run
 from expert_profiler.metrics import resampling, token_types
+from expert_profiler.patch import patching
+from expert_profiler.run import models
 from tools import train_demo_moe
 from tools.demo import card, specialists, tokens
 from tools.demo.corpus import Corpus, corpus

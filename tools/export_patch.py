@@ -24,8 +24,9 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from expert_profiler.errors import UserError, run  # noqa: E402
-from expert_profiler.gitfence import git_environment  # noqa: E402
-from expert_profiler.patchfile import (  # noqa: E402
+from expert_profiler.patch.file_changes import Change, commit  # noqa: E402
+from expert_profiler.patch.git_environment import git_environment  # noqa: E402
+from expert_profiler.patch.patch_file import (  # noqa: E402
     NO_BLOB,
     SAFE_PATH,
     FileChange,
@@ -34,8 +35,7 @@ from expert_profiler.patchfile import (  # noqa: E402
     parse_patch,
     transformed,
 )
-from expert_profiler.patching import DEFAULT_PATCH  # noqa: E402
-from expert_profiler.replacing import Change, commit  # noqa: E402
+from expert_profiler.patch.patching import DEFAULT_PATCH  # noqa: E402
 
 OVERLAY = REPO / "overlay"
 

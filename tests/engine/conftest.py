@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from expert_profiler import patching
+from expert_profiler.patch import patching
 from tests.engine.harness import TABLE, Engines
 
 

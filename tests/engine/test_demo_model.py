@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_profiler import models, prompts
 from expert_profiler.metrics import token_types
+from expert_profiler.run import models, prompts
 from tests.engine import harness
 from tools.demo import specialists, tokens
 

@@ -235,7 +235,7 @@ def test_the_header_says_what_was_run(recorded: dict[str, Any], settings: dict[s
 
 
 def test_the_header_names_the_installed_patch(recorded: dict[str, Any]) -> None:
-    from expert_profiler import patching
+    from expert_profiler.patch import patching
 
     expected = patching.patch_id_of_patch(patching.DEFAULT_PATCH)
     assert recorded["first"].meta["patch_id"] == expected

@@ -17,20 +17,9 @@ from hypothesis import strategies as st
 import make_hist
 import run_profile
 from benchmarks import overhead
-from expert_profiler import (
-    compare,
-    convert,
-    engine,
-    errors,
-    export,
-    hub,
-    model_sizes,
-    models,
-    patching,
-    preflight,
-    sql,
-    validate,
-)
+from expert_profiler import compare, convert, errors, export, sql, validate
+from expert_profiler.patch import patching
+from expert_profiler.run import engine, hub, model_sizes, models, preflight
 from tests import logs
 from tests.faults.table import FULL
 from tests.recorder.build import QUICK

@@ -15,12 +15,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import run_profile
-from expert_profiler import compare_data, convert, export, models, preflight, validate
+from expert_profiler import convert, export, validate
 from expert_profiler.log.outputs import read_outputs
 from expert_profiler.log.route_log import open_log
 from expert_profiler.log.vocabulary import read_tokens
-from expert_profiler.prompts import read_prompts
-from expert_profiler.report_data import collect
+from expert_profiler.report import comparison
+from expert_profiler.report.report_data import collect
+from expert_profiler.run import models, preflight
+from expert_profiler.run.prompts import read_prompts
 from tests import logs
 from tests.faults.table import FULL
 from tests.faults.test_hostile import answers, ask_everything, damaged, sound_log, values
@@ -269,7 +271,7 @@ def use_everything(log: Path, out: Path) -> list[Callable[[], object]]:
 
     return [
         report,
-        lambda: compare_data.compared([compare_data.read_run(log, name) for name in "ab"]),
+        lambda: comparison.compared([comparison.read_run(log, name) for name in "ab"]),
         lambda: convert.convert(log, out / "x.parquet", force=True),
         *(exported(format_) for format_ in export.SUFFIXES),
     ]

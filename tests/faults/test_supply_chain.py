@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.client import pristine_vllm
-from expert_profiler import patching
 from expert_profiler.errors import UserError
-from expert_profiler.patchfile import parse_patch
+from expert_profiler.patch import patching
+from expert_profiler.patch.patch_file import parse_patch
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import engine
 from expert_profiler.errors import UserError
 from expert_profiler.log.route_log import PHASES, open_log
+from expert_profiler.run import engine
 
 
 @dataclass(frozen=True)

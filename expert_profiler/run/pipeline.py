@@ -1,6 +1,6 @@
 """What ``./test.sh run`` does once the environment stands: profile, plot, validate, sum up.
 
-python -m expert_profiler.pipeline [options of run_profile.py]
+python -m expert_profiler.run.pipeline [options of run_profile.py]
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import run_profile
-from expert_profiler import errors, models
+from expert_profiler import errors
+from expert_profiler.run import models
 from tools import make_tiny_moe
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 PLOT = "expert_hist.png"
 #: What a model's text and routing are worth, by its kind.
 WORTH = {

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expert_profiler import figures, plots
 from expert_profiler.metrics import token_types
-from expert_profiler.page import Html, element, section, table
+from expert_profiler.report import histogram, summary
+from expert_profiler.report.page import Html, element, section, table
 
 if TYPE_CHECKING:
     from expert_profiler.log.token_counts import Gathered
@@ -41,7 +41,7 @@ def dead(data: dict[str, Any], found: Gathered) -> Html:
     total = sum(map(len, dead.values()))
     if not total:
         return section("Never used", element("p", "Every expert of every layer was used."))
-    rows = [(layer, len(ids), plots.listed(ids)) for layer, ids in list(dead.items())[:_LISTED]]
+    rows = [(layer, len(ids), histogram.listed(ids)) for layer, ids in list(dead.items())[:_LISTED]]
     more = len(dead) - len(rows)
     return section(
         "Never used",
@@ -84,7 +84,7 @@ def formulas(data: dict[str, Any]) -> Html:
             "p",
             f"Intervals: {method['bootstrap']} ({method['requests_resampled_in_groups']} groups), "
             "because tokens of one request route alike. The hottest tenth is "
-            f"{figures.TOP_SHARE:.0%} of the experts, at least one. Flagged rows (recomputed, "
+            f"{summary.TOP_SHARE:.0%} of the experts, at least one. Flagged rows (recomputed, "
             "overrun) are left out. All numbers: report.json.",
             cls="quiet",
         ),

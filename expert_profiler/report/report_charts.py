@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import charts
-from expert_profiler.charts import Grid, Series
 from expert_profiler.log.token_counts import Gathered
 from expert_profiler.metrics import coactivation, resampling, token_types, usage
+from expert_profiler.report import charts
+from expert_profiler.report.charts import Grid, Series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

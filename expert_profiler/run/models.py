@@ -12,7 +12,7 @@ from typing import Any
 
 from expert_profiler.errors import UserError
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 TINY_PATH = REPO / ".cache" / "tiny-moe"
 DEMO_PATH = REPO / "demo_model"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from expert_profiler.errors import UserError
-from expert_profiler.timing import Repeat
+from expert_profiler.run.timing import Repeat
 
 _REFUSAL = re.compile(r"RouteLogError: (.+)")
 _REASON = re.compile(r"(?:ValueError|ValidationError|OutOfMemoryError|RuntimeError|OSError): (.+)")

@@ -1,6 +1,6 @@
 """Look before installing or running: one line a fact, and what to do about it.
 
-    python -m expert_profiler.preflight [--model MODEL]
+    python -m expert_profiler.run.preflight [--model MODEL]
 
 Standard library only, and it changes nothing: it runs on a machine where nothing is installed.
 Exit code: 0 when nothing FAILs, 1 otherwise.
@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expert_profiler import errors, hub, models, patching
+from expert_profiler import errors
 from expert_profiler.errors import UserError
+from expert_profiler.patch import patching
+from expert_profiler.run import hub, models
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 VLLM_VERSION = "0.15.1"
 GB = 10**9
 
@@ -291,7 +293,7 @@ def table(checks: Sequence[Check]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m expert_profiler.preflight",
+        prog="python -m expert_profiler.run.preflight",
         description="Check this machine before installing or running anything.",
         allow_abbrev=False,  # --mode, which is for run_profile.py, is no short form of --model
     )

@@ -1,6 +1,6 @@
 """How large a preset's full-precision model is, and whether it fits a GPU: with the arithmetic.
 
-    python -m expert_profiler.model_sizes [--gib 16]
+    python -m expert_profiler.run.model_sizes [--gib 16]
 
 Nothing is downloaded: the shapes are those of the models' config.json files.
 """
@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expert_profiler import errors, models
+from expert_profiler import errors
 from expert_profiler.errors import UserError
-from expert_profiler.models import GpuMemory
+from expert_profiler.run import models
+from expert_profiler.run.models import GpuMemory
 
 GIB = 1 << 30
 BYTES_PER_PARAMETER = 2  # bfloat16 and float16
@@ -147,7 +148,7 @@ def table(gib: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python3 -m expert_profiler.model_sizes",
+        prog="python3 -m expert_profiler.run.model_sizes",
         description="Which full-precision presets fit a GPU, with the arithmetic.",
     )
     parser.add_argument("--gib", type=float, default=16.0, help="free GPU memory in GiB [16]")

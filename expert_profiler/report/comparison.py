@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler import figures, report_data
 from expert_profiler.errors import UserError
 from expert_profiler.log import tokens
 from expert_profiler.log.route_log import open_log
 from expert_profiler.log.token_counts import Gathered, gather
 from expert_profiler.metrics import divergence, resampling, topk_normalised, usage
+from expert_profiler.report import report_data, summary
 
 SCHEMA = 1
 Array = npt.NDArray[Any]
@@ -114,7 +114,7 @@ def against(a: Run, b: Run, phase: str) -> dict[str, Any]:
         two = two[order]
     test = resampling.divergence_test(one, two, paired=order is not None)
     p, q = one.sum(axis=0), two.sum(axis=0)
-    n = figures.hottest(a.found.num_experts)
+    n = summary.hottest(a.found.num_experts)
     return answer | {
         "expert_by_expert": True,
         "layers": layers,
@@ -157,7 +157,7 @@ def coverage_by_fraction(run: Run, phase: str, fractions: Array) -> Array:
 def _described(run: Run, phase: str) -> dict[str, Any]:
     counts = run.groups(phase).sum(axis=0)
     entries = [
-        {"layer": layer, "all": figures.of_counts(row, top_k)}
+        {"layer": layer, "all": summary.of_counts(row, top_k)}
         for layer, row, top_k in zip(run.found.layers, counts, run.found.top_k, strict=True)
     ]
     groups = run.groups(phase)
@@ -166,9 +166,9 @@ def _described(run: Run, phase: str) -> dict[str, Any]:
         "verdict": run.verdict,
         "run": run.facts,
         "rows_in_identical_runs_left_out": run.left_out,
-        "mean_over_layers": figures.mean_over_layers(entries),
+        "mean_over_layers": summary.mean_over_layers(entries),
         "normalised_entropy_ci95": resampling.bootstrap_interval(
-            groups, figures.layer_mean(usage.normalised_entropy), bounds=(0, 1)
+            groups, summary.layer_mean(usage.normalised_entropy), bounds=(0, 1)
         ),
         "layers": entries,
     }

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expert_profiler import charts, page
-from expert_profiler.charts import Grid, Series
-from expert_profiler.compare_data import NORMALISED, PLAIN, Run, coverage_by_fraction, sentence
-from expert_profiler.page import Html, element, picture, section, table
+from expert_profiler.report import charts, page
+from expert_profiler.report.charts import Grid, Series
+from expert_profiler.report.comparison import NORMALISED, PLAIN, Run, coverage_by_fraction, sentence
+from expert_profiler.report.page import Html, element, picture, section, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

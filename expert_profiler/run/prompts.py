@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expert_profiler import hub
 from expert_profiler.errors import UserError
+from expert_profiler.run import hub
 
 SEPARATOR = "\n\n---\n\n"
 COUNT = 25
-SHIPPED = Path(__file__).resolve().parent / "data" / "word_problems.txt"
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "word_problems.txt"
 GSM8K = "openai/gsm8k"
 
 
