@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from expert_profiler.patch import patching
-from tests.engine.harness import TABLE, Engines
+from tests.support.harness import TABLE, Engines
 
 
 @pytest.fixture(scope="session", autouse=True)

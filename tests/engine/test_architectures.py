@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
-from tests.engine import harness, oracle
-from tests.engine.checkpoints import ARCHITECTURES, Architecture, build
+from tests.support import harness, oracle
+from tests.support.checkpoints import ARCHITECTURES, Architecture, build
+from tests.support.paths import REPO
 
-DRIVER = Path(__file__).with_name("matrix_driver.py")
+DRIVER = REPO / "tests/support/matrix_driver.py"
 PROMPTS = ["Hello, {0}.", "The {0} fox jumps over the lazy dog, again and again. " * 2, "x", "{0}"]
 SAMPLING = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
 #: bfloat16 keeps 8 bits of every activation, so a close choice may fall otherwise than in float32,

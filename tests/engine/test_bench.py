@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cases import HEADLINE_MODES, QUICK
-from tests.cores import own_core
+from tests.support.cores import own_core
+from tests.support.paths import REPO
 from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 4
 
 
@@ -25,7 +25,7 @@ def test_the_quick_form_runs_to_its_end_and_every_row_is_there(tmp_path: Path) -
     command = ["-m", "benchmarks.overhead", "--quick", "--model", str(tmp_path / "model")]
     done = subprocess.run(
         [sys.executable, *command, "--out", str(tmp_path / "out")],
-        cwd=ROOT,
+        cwd=REPO,
         env={**os.environ, **own_core()},
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import pytest
 
 from expert_profiler.metrics import token_types
 from expert_profiler.run import models, prompts
-from tests.engine import harness
+from tests.support import harness
 from tools.demo import specialists, tokens
 
 CODE = [

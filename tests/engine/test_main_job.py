@@ -12,7 +12,7 @@ import pytest
 from benchmarks.client import pristine_vllm
 from expert_profiler import convert
 from expert_profiler.log import log_file, records
-from tests.engine import harness
+from tests.support import harness
 
 PROMPTS = [
     f"Question {i}: a baker fills {i + 2} trays with {3 * i + 4} rolls each. " * (1 + i % 3)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.engine import harness
+from tests.support import harness
 from tools.make_tiny_moe import TinyMoeSpec, build
 
 NUM_LAYERS = 4

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import REPO
 
 
 def main() -> int:
@@ -20,7 +19,7 @@ def main() -> int:
     command += ["--durations=10", *sys.argv[1:]]
     env = {**os.environ, "FAULTS_FULL": "1", "OMP_NUM_THREADS": "1"}  # as tests/run.sh does
     print("+", " ".join(command), flush=True)
-    return subprocess.call(command, cwd=ROOT, env=env)
+    return subprocess.call(command, cwd=REPO, env=env)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.recording import provenance
 from vllm.moe_routes.writing.token_log import Session
 
-from tests.recorder.fake_runner import FakeRunner
+from tests.support.fake_runner import FakeRunner
 
 PASSES = 30
 

@@ -21,7 +21,7 @@ from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.recording import provenance
 
-from tests.recorder.fake_runner import FakeRunner
+from tests.support.fake_runner import FakeRunner
 
 
 def record(log: str, told: str, switches: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from vllm.moe_routes.writing.formats.linefile import LineFile
 
 from tests.faults.table import FULL, Row, end_of, left_out, lost, note, routes_in
 from tests.faults.victim import Load, arm
-from tests.recorder.build import QUICK
+from tests.support.build import QUICK
 
 pytestmark = pytest.mark.timeout(240)
 

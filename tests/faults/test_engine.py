@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.engine import harness
 from tests.faults.table import FULL, Row, check_cut, end_of, lost, note, routes_in
+from tests.support import harness
+from tests.support.paths import REPO
 from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 4
 ENDINGS = 4
 
@@ -94,7 +94,7 @@ def _victim(model: Path, log: Path, how: str, seconds: float) -> float:
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.engine_victim", str(model), str(log), how,
          str(seconds)],
-        cwd=ROOT,
+        cwd=REPO,
         env={k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -142,7 +142,7 @@ def test_an_engine_whose_model_raises_dies_of_it_and_ends_its_log(
     log = tmp_path / "x.jsonl"
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.engine_raises", str(model), str(log), where],
-        cwd=ROOT,
+        cwd=REPO,
         env={k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")},
         capture_output=True,
         text=True,

@@ -26,9 +26,10 @@ from expert_profiler import convert, errors, sql, validate
 from expert_profiler.errors import UserError
 from expert_profiler.log.outputs import read_outputs
 from expert_profiler.log.route_log import open_log
-from tests import logs
 from tests.faults.table import FULL
-from tests.recorder.build import QUICK, a_layer
+from tests.support import logs
+from tests.support.build import QUICK, a_layer
+from tests.support.paths import REPO
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -265,7 +266,7 @@ def test_a_line_of_a_gigabyte_costs_no_gigabyte(tmp_path: Path) -> None:
         file.write(b"\n")
     found = subprocess.run(
         [sys.executable, "make_hist.py", str(path), "--out", str(tmp_path / "x.png")],
-        cwd=Path(__file__).parents[2],
+        cwd=REPO,
         capture_output=True,
         text=True,
         timeout=280,

@@ -20,9 +20,9 @@ from benchmarks import overhead
 from expert_profiler import compare, convert, errors, export, sql, validate
 from expert_profiler.patch import patching
 from expert_profiler.run import engine, hub, model_sizes, models, preflight
-from tests import logs
 from tests.faults.table import FULL
-from tests.recorder.build import QUICK
+from tests.support import logs
+from tests.support.build import QUICK
 from tools import make_tiny_moe
 
 pytestmark = pytest.mark.timeout(900)

@@ -23,10 +23,10 @@ from expert_profiler.report import comparison
 from expert_profiler.report.report_data import collect
 from expert_profiler.run import models, preflight
 from expert_profiler.run.prompts import read_prompts
-from tests import logs
 from tests.faults.table import FULL
 from tests.faults.test_hostile import answers, ask_everything, damaged, sound_log, values
-from tests.recorder.build import QUICK
+from tests.support import logs
+from tests.support.build import QUICK
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -16,10 +16,10 @@ from vllm.moe_routes.errors import RouteLogError
 from expert_profiler.log.route_log import open_log
 from tests.faults.table import FULL, Row, end_of, lost, note, routes_in
 from tests.faults.victim import arm
+from tests.support.paths import REPO
 
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS = 40 if FULL else 4
 FLUSH_SECONDS = 0.05
 
@@ -30,7 +30,7 @@ class Victims:
     def __init__(self) -> None:
         self._nursery = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.nursery"],
-            cwd=ROOT,
+            cwd=REPO,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -144,7 +144,7 @@ def test_a_worker_stuck_in_a_collective_still_ends_its_log(tmp_path: Path) -> No
     log = tmp_path / "x.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.stuck", str(log), str(tmp_path / "store")],
-        cwd=ROOT,
+        cwd=REPO,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -178,7 +178,7 @@ def test_an_exit_in_the_midst_of_closing_still_ends_the_log(tmp_path: Path, meth
     log = tmp_path / "x.jsonl"
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.interrupted", str(log), method],
-        cwd=ROOT,
+        cwd=REPO,
         capture_output=True,
         text=True,
         timeout=120,

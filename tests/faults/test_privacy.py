@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from vllm.moe_routes.recorder import control
 
 from tests.faults.victim import Load, arm
-from tests.recorder.build import read_lines
+from tests.support.build import read_lines
 
 #: Everything that a line may say; a new key needs a look at what it gives away.
 KEYS = {

@@ -12,8 +12,7 @@ from benchmarks.client import pristine_vllm
 from expert_profiler.errors import UserError
 from expert_profiler.patch import patching
 from expert_profiler.patch.patch_file import parse_patch
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import REPO
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -50,7 +49,7 @@ def test_only_the_files_of_the_patch_change_in_the_real_package(tmp_path: Path) 
      "tools/requirements-uv-lock.txt"],
 )  # fmt: skip
 def test_every_package_of_a_lock_has_its_version_and_hashes(lock: str) -> None:
-    text = re.sub(r"\\\n", " ", (ROOT / lock).read_text())
+    text = re.sub(r"\\\n", " ", (REPO / lock).read_text())
     packages = [line for line in text.splitlines() if line and not line.startswith(("#", " ", "-"))]
     assert packages
     for line in packages:

@@ -18,7 +18,7 @@ from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.recording import provenance
 
-from tests.recorder.fake_runner import INDICES, FakeRunner
+from tests.support.fake_runner import INDICES, FakeRunner
 
 
 def group() -> SimpleNamespace:

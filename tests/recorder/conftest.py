@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests import overlay
+from tests.support import overlay
 
 overlay.put_first()
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.moe_routes.capture.buffer import allocate
 from vllm.moe_routes.hooks import Tap, _log_moe_routes, _write_moe_log_header
 
-from tests.recorder.build import DEVICE, a_layer
+from tests.support.build import DEVICE, a_layer
 
 
 class _Counter(TorchDispatchMode):

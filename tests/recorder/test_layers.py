@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer, describe, layer_index, parse_selection, select
 
-from tests.recorder.build import QUICK, a_layer
+from tests.support.build import QUICK, a_layer
 
 
 def _module(**changes: object) -> SimpleNamespace:

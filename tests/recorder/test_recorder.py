@@ -25,8 +25,8 @@ from vllm.moe_routes.recording import provenance
 from vllm.moe_routes.writing.token_log import Session
 from vllm.sampling_params import SamplingParams
 
-from tests.recorder.build import read_lines
-from tests.recorder.fake_runner import INDICES, FakeRunner, group
+from tests.support.build import read_lines
+from tests.support.fake_runner import INDICES, FakeRunner, group
 
 pytestmark = pytest.mark.timeout(60)
 
