@@ -39,17 +39,16 @@ ENGINE = (
     Point("hook ops", _MOE + "cpu_fused_moe", "", "_log_moe_routes"),
     Point("begin", _ROUTES + "recorder", "Recorder", "begin_step"),
     Point("end", _ROUTES + "recorder", "Recorder", "end_step"),
-    Point("snapshot", _ROUTES + "kept", "KeptChoices", "routes"),
-    Point("snapshot", _ROUTES + "kept", "KeptChoices", "counts"),
-    Point("count", _ROUTES + "kept", "KeptTotals", "_count"),
-    Point("enqueue", _ROUTES + "writer", "Writer", "put"),
+    Point("snapshot", _ROUTES + "capture.references", "ReferenceChoices", "routes"),
+    Point("snapshot", _ROUTES + "capture.references", "ReferenceChoices", "counts"),
+    Point("count", _ROUTES + "capture.references", "ReferenceAccumulator", "_count"),
+    Point("enqueue", _ROUTES + "writing.writer", "Writer", "put"),
     Point("start", _ROUTES + "recorder", "Recorder", "start"),
     Point("stop", _ROUTES + "recorder", "Recorder", "stop"),
 )
 #: The writer thread's work: all that a sink does.
 WRITER = tuple(
-    Point("writer", _ROUTES + module, owner, name)
-    for module, owner in (("session", "Session"), ("passes", "PassLog"))
+    Point("writer", _ROUTES + "writing.rotation", "RotatingLog", name)
     for name in ("consume", "flush", "close")
 )
 

@@ -132,10 +132,10 @@ def random_ids(
 
 def session(load: Load, path: Path) -> Any:
     """A recording of ``load`` into ``path``."""
-    from vllm.moe_routes.writing.token_log import Session
+    from vllm.moe_routes.writing.token_log import TokenLog
 
     header = {"type": "meta", "model_id": "synthetic", "layers_logged": list(range(LAYERS))}
-    return Session(path, header, load.layers, load.buffer.not_an_id)
+    return TokenLog(path, header, load.layers, load.buffer.not_an_id)
 
 
 def throughput(path: Path, rows: int) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +14,8 @@ import pyarrow.parquet as pq
 from expert_profiler.errors import UserError
 from expert_profiler.log import log_file, part_files
 from expert_profiler.log.log_file import End, LogFile
+from expert_profiler.resources import recorder_module
 
-_RECORDER = Path(__file__).resolve().parents[2] / "overlay/vllm/moe_routes"
-_DATASET = _RECORDER / "writing/formats/dataset.py"
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1 << 16
 PART_ROWS = 1 << 20
@@ -48,15 +45,9 @@ class Plan(NamedTuple):
     weights: str
 
 
-@cache
 def dataset() -> Any:
     """The recorder's own description of a Parquet log, which needs no vLLM."""
-    spec = importlib.util.spec_from_file_location("expert_profiler._dataset", _DATASET)
-    if spec is None or spec.loader is None or not _DATASET.exists():
-        raise UserError(f"{_DATASET} is missing; run from a whole checkout")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recorder_module("writing.formats.dataset")
 
 
 def plans(file: LogFile) -> Iterator[Plan]:

@@ -19,7 +19,7 @@ from tests.faults.victim import Load, group
 from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.recording import provenance
-from vllm.moe_routes.writing.token_log import Session
+from vllm.moe_routes.writing.token_log import TokenLog
 
 from tests.support.fake_runner import FakeRunner
 
@@ -35,14 +35,14 @@ def worker(log: str, says: Any) -> None:
     signal.signal(signal.SIGTERM, leave)
     recorder.get_pp_group = recorder.get_tp_group = group
     provenance.patch_id = lambda: "0123abcd"
-    close = Session.close
+    close = TokenLog.close
 
-    def slow(self: Session, *args: Any, **facts: Any) -> None:
+    def slow(self: TokenLog, *args: Any, **facts: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # while the main thread waits for this one
         time.sleep(0.5)
         close(self, *args, **facts)
 
-    Session.close = slow  # type: ignore[method-assign]
+    TokenLog.close = slow  # type: ignore[method-assign]
     runner = FakeRunner()
     config = RouteLogConfig.from_env({"VLLM_LOG_MOE": log})
     runner.moe_routes = recorder.Recorder(config, runner)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class FailingDisk:
 
 
 def _file_of(runner: Any) -> LineFile:
-    file: LineFile = runner.moe_routes._recording._sink.current._file._file
+    file: LineFile = runner.moe_routes._recording._log.current._file._file
     return file
 
 
@@ -273,7 +273,7 @@ def test_a_parquet_part_that_is_removed_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     runner = arm(path)
     load = Load(runner)
-    sink = runner.moe_routes._recording._sink  # type: ignore[union-attr]
+    sink = runner.moe_routes._recording._log  # type: ignore[union-attr]
     for i in range(40):
         load.step()
         if i % 10 == 9:

@@ -73,7 +73,7 @@ def test_a_recording_of_many_requests_keeps_what_it_says_it_keeps(tmp_path: Path
     """Ids already given, some 100 bytes a request: the README says so."""
     runner = arm(tmp_path / "x.jsonl")
     load = Load(runner, tokens=2)
-    sink: Any = runner.moe_routes._recording._sink  # type: ignore[union-attr]
+    sink: Any = runner.moe_routes._recording._log  # type: ignore[union-attr]
     for _ in range(200):
         load.step(new=8)
     while _do(runner, "status")["waiting_passes"]:

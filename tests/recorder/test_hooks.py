@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.moe_routes.capture.buffer import allocate
-from vllm.moe_routes.hooks import Tap, _log_moe_routes, _write_moe_log_header
+from vllm.moe_routes.capture.taps import Tap
+from vllm.moe_routes.hooks import _log_moe_routes, _write_moe_log_header
 
 from tests.support.build import DEVICE, a_layer
 

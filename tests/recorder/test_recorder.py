@@ -19,26 +19,16 @@ from vllm.forward_context import DPMetadata, ForwardContext, override_forward_co
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.recorder import Recorder, attach, control, shutdown
-from vllm.moe_routes.recording import logged as file_recording
-from vllm.moe_routes.recording import provenance
-from vllm.moe_routes.writing.token_log import Session
+from vllm.moe_routes.recorder import attach, control, shutdown
+from vllm.moe_routes.writing.token_log import TokenLog
 from vllm.sampling_params import SamplingParams
 
 from tests.support.build import read_lines
 from tests.support.fake_runner import INDICES, FakeRunner, group
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("_one_rank")]
 
 EOS = 9
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "get_pp_group", group())
-    monkeypatch.setattr(module, "get_tp_group", group())
-    # It covers files of an installed vLLM, which lie elsewhere than this overlay.
-    monkeypatch.setattr(provenance, "patch_id", lambda: "0123abcd")
 
 
 @pytest.fixture
@@ -47,21 +37,14 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def arm(log: Path) -> Iterator[Callable[..., FakeRunner]]:
-    """Make a runner with a recorder; what is still open at the end of the test is closed."""
-    armed: list[FakeRunner] = []
+def arm(log: Path, give_recorder: Callable[..., FakeRunner]) -> Callable[..., FakeRunner]:
+    """Make a runner with a recorder that waits for ``start``."""
 
     def arm(runner: FakeRunner | None = None, **switches: Any) -> FakeRunner:
-        runner = runner or FakeRunner()
         config = dataclasses.replace(RouteLogConfig(log, autostart=False), **switches)
-        runner.moe_routes = Recorder(config, runner)
-        armed.append(runner)
-        return runner
+        return give_recorder(runner or FakeRunner(), config)
 
-    yield arm
-    for runner in armed:
-        assert runner.moe_routes is not None
-        runner.moe_routes.shutdown()
+    return arm
 
 
 def _do(runner: FakeRunner, command: Any, **options: Any) -> dict[str, Any]:
@@ -265,7 +248,7 @@ def test_a_compiled_pass_keeps_its_hook_and_no_list(arm: Arm) -> None:
     """Whether a recording runs must not change what was compiled."""
     runner = arm(_compiled())
     before = [layer.moe_route_tap for layer in runner.layers.values()]
-    assert [tap.kept for tap in before] == [None] * 3
+    assert [tap.references for tap in before] == [None] * 3
     _do(runner, "start")
     _do(runner, "stop")
     after = [layer.moe_route_tap for layer in runner.layers.values()]
@@ -334,25 +317,6 @@ def test_the_row_that_runs_ahead_is_marked_in_a_recording_that_joined_later(
     runner.execute(("7-0000000a", 1, 2), tokens=(EOS,))
     _do(runner, "stop")
     assert [row.get("flag") for row in _routes(log)] == [None, "overrun"]
-
-
-@pytest.mark.parametrize(
-    ("facts", "stops"),
-    [
-        ({}, {EOS}),
-        ({"stop_token_ids": [5]}, {5, EOS}),
-        ({"ignore_eos": True}, set()),
-        ({"ignore_eos": True, "stop_token_ids": [5]}, {5}),
-    ],
-)
-def test_a_request_stops_at_what_its_parameters_say(facts: dict[str, Any], stops: set[int]) -> None:
-    params = SamplingParams(min_tokens=2, **facts)
-    params.update_from_generation_config({}, EOS)  # as the engine does
-    assert file_recording._stop_rule(params) == (stops, 2)
-
-
-def test_a_pooling_request_has_no_stop_rule() -> None:
-    assert file_recording._stop_rule(None) is None
 
 
 def test_requests_that_end_without_another_pass_are_ended_at_stop(arm: Arm, log: Path) -> None:
@@ -459,8 +423,8 @@ def _break_file(runner: FakeRunner) -> None:
         raise OSError(28, "No space left on device")
 
     assert runner.moe_routes is not None
-    session: Any = runner.moe_routes._recording._sink.current  # type: ignore[union-attr]
-    session._file._file._write = full
+    log: Any = runner.moe_routes._recording._log.current  # type: ignore[union-attr]
+    log._file._file._write = full
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_engine(arm: Arm) -> None:
@@ -498,13 +462,13 @@ def test_shutdown_never_raises(arm: Arm) -> None:
 @pytest.fixture
 def slow_close(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ending a file takes a while."""
-    close = Session.close
+    close = TokenLog.close
 
-    def slow(self: Session, *args: Any, **facts: Any) -> None:
+    def slow(self: TokenLog, *args: Any, **facts: Any) -> None:
         time.sleep(0.3)
         close(self, *args, **facts)
 
-    monkeypatch.setattr(Session, "close", slow)
+    monkeypatch.setattr(TokenLog, "close", slow)
 
 
 def test_a_process_that_just_ends_closes_its_recording(
@@ -710,7 +674,7 @@ def test_alone_a_layer_maps_no_rows_and_asks_for_no_context(arm: Arm) -> None:
     """Its forward pass is traced on CPU: what the hook reads there would be baked in."""
     runner = arm(_compiled())
     taps = [layer.moe_route_tap for layer in runner.layers.values()]
-    assert [(tap.layout, tap.logical_ids) for tap in taps] == [(None, None)] * 3
+    assert [(tap.dp_rank, tap.logical_ids) for tap in taps] == [(None, None)] * 3
 
 
 def test_the_buffer_holds_a_pass_padded_to_the_tensor_parallel_size(arm: Arm) -> None:

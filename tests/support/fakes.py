@@ -48,7 +48,7 @@ class Worker:
             runner.moe_routes = recorder.Recorder(config, runner)  # type: ignore[arg-type]
         # One process plays all ranks: where a pass's rows lie is not what is tested here.
         own = runner.moe_routes
-        own._taps = [(module, tap._replace(layout=None)) for module, tap in own._taps]
+        own._taps = [(module, tap._replace(dp_rank=None)) for module, tap in own._taps]
 
     def current(self) -> pytest.MonkeyPatch:
         """Be the rank that vLLM's groups say it is, while the context lasts."""

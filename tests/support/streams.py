@@ -62,7 +62,7 @@ class FakeEvent:
 
 
 class FakeDevice(TorchDispatchMode):
-    """The mode that defers kernels, and the ``StreamApi`` of ``snapshot``."""
+    """The mode that defers kernels, and the ``CudaStreams`` of ``snapshot``."""
 
     def __init__(self, order: Order) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class FakeDevice(TorchDispatchMode):
         self._streams = [self.compute]
         self._current = self.compute
 
-    # ---- StreamApi -----------------------------------------------------------------------
+    # ---- CudaStreams -----------------------------------------------------------------------
 
     def current_stream(self) -> FakeStream:
         return self._current

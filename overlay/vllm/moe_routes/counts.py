@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.schema import FORWARD_MODES, PHASES
 
 #: Choices by layer and expert: [L, width] int64.
 Counts = npt.NDArray[np.int64]
-
-#: Kinds of forward pass, in the order of a tally's first axis.
-FORWARD_MODES = ("prefill", "decode", "mixed")
 
 
 class PassTokens(NamedTuple):
@@ -33,7 +31,7 @@ class PassTokens(NamedTuple):
 
     @property
     def forward_mode(self) -> int:
-        """Index into :data:`FORWARD_MODES`."""
+        """Index into ``schema.FORWARD_MODES``."""
         if self.prefill and self.decode:
             return 2
         return 1 if self.decode else 0
@@ -69,25 +67,34 @@ class Shape(NamedTuple):
     Attributes:
         layers: the recorded layers, in slot order.
         width: columns of a count: every expert id of any layer, and a last one for lost choices.
-        padding: [L] columns of a row that a layer with a smaller top_k leaves empty.
+        top_k: [L] experts that every layer chooses per token.
         experts: [L] experts of every layer.
     """
 
     layers: Sequence[MoELayer]
     width: int
-    padding: npt.NDArray[Any]
+    top_k: npt.NDArray[Any]
     experts: npt.NDArray[Any]
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer]) -> "Shape":
-        most = max(item.top_k for item in layers)
-        padding = np.array([most - item.top_k for item in layers], dtype=np.int64)
+        top_k = np.array([item.top_k for item in layers], dtype=np.int64)
         experts = np.array([item.num_experts for item in layers], dtype=np.int64)
-        return cls(layers, int(experts.max()) + 1, padding, experts)
+        return cls(layers, int(experts.max()) + 1, top_k, experts)
 
     @property
     def num_experts(self) -> int:
         return self.width - 1
+
+    @property
+    def has(self) -> npt.NDArray[np.bool_]:
+        """[L, width - 1]: whether a layer has that expert."""
+        has: npt.NDArray[np.bool_] = np.arange(self.num_experts) < self.experts[:, None]
+        return has
+
+    def zeros(self) -> Counts:
+        """No counts yet, by mode of the pass: [3, L, width] int64."""
+        return np.zeros((len(FORWARD_MODES), len(self.layers), self.width), dtype=np.int64)
 
 
 def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> Counts:
@@ -110,38 +117,47 @@ def count_choices(topk_ids: npt.NDArray[Any], shape: Shape) -> Counts:
     return counted.reshape(num_layers, shape.width).astype(np.int64)
 
 
-class Tally:
-    """Totals of one recording.
+class PassCounts:
+    """Forward passes and tokens of one recording.
 
     Attributes:
-        counts: [3, L, width] int64 choices by kind of pass, layer and expert; see ``Shape``.
-        passes: [3] forward passes by kind.
-        tokens: [2] tokens: prompt, generated.
+        passes: [3] forward passes by mode.
+        tokens: [2] tokens by phase.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.counts = np.zeros((len(FORWARD_MODES), len(shape.layers), shape.width), dtype=np.int64)
+    def __init__(self) -> None:
         self.passes = [0, 0, 0]
         self.tokens = [0, 0]
 
     def add_pass(self, tokens: PassTokens, times: int = 1) -> None:
-        """Account for a pass, whose counts may be kept elsewhere; -1 times takes one back."""
+        """Account for a pass; -1 times takes one back."""
         self.passes[tokens.forward_mode] += times
         self.tokens[0] += times * tokens.prefill
         self.tokens[1] += times * tokens.decode
-
-    def add(self, tokens: PassTokens, counts: npt.NDArray[Any]) -> None:
-        """Account for a pass and its [L, width] counts."""
-        self.add_pass(tokens)
-        self.counts[tokens.forward_mode] += counts
 
     def facts(self) -> dict[str, Any]:
         """Passes and tokens, for a status."""
         return {
             "passes_by_mode": dict(zip(FORWARD_MODES, self.passes, strict=True)),
-            "tokens": {"prefill": self.tokens[0], "decode": self.tokens[1]},
+            "tokens": dict(zip(PHASES, self.tokens, strict=True)),
         }
+
+
+class RunningCounts(PassCounts):
+    """Counts of the passes of one recording so far.
+
+    Attributes:
+        counts: [3, L, width] int64 choices by mode of the pass, layer and expert; see ``Shape``.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.counts = shape.zeros()
+
+    def add(self, tokens: PassTokens, counts: npt.NDArray[Any]) -> None:
+        """Account for a pass and its [L, width] counts."""
+        self.add_pass(tokens)
+        self.counts[tokens.forward_mode] += counts
 
 
 def lost_choices(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> npt.NDArray[np.int64]:
@@ -152,15 +168,11 @@ def lost_choices(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> npt.NDA
         tokens: executed tokens.
         shape: what was counted over.
     """
-    lost: npt.NDArray[np.int64] = counts[:, -1].astype(np.int64) - tokens * shape.padding
-    lost += np.where(_has(shape), 0, counts[:, :-1]).sum(axis=1)
+    # Columns of a row that a layer with a smaller top_k leaves empty are counted there too.
+    padding = shape.top_k.max() - shape.top_k
+    lost: npt.NDArray[np.int64] = counts[:, -1].astype(np.int64) - tokens * padding
+    lost += np.where(shape.has, 0, counts[:, :-1]).sum(axis=1)
     return lost
-
-
-def _has(shape: Shape) -> npt.NDArray[np.bool_]:
-    """[L, width - 1]: whether a layer has that expert."""
-    has: npt.NDArray[np.bool_] = np.arange(shape.num_experts) < shape.experts[:, None]
-    return has
 
 
 def lost_rows(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> int:
@@ -168,51 +180,7 @@ def lost_rows(counts: npt.NDArray[Any], tokens: int, shape: Shape) -> int:
 
     = sum over layers of ceil(lost choices / top_k). Arguments as of :func:`lost_choices`.
     """
-    top_k = np.array([item.top_k for item in shape.layers], dtype=np.int64)
-    return int((-(-lost_choices(counts, tokens, shape) // top_k)).sum())
-
-
-def verdict(
-    counts: npt.NDArray[Any], tokens: int, shape: Shape, dropped: int, unfinished: int
-) -> dict[str, Any]:
-    """The self-check of a mode that keeps counts only.
-
-    Args:
-        counts: [L, width].
-        tokens: executed tokens of the passes counted.
-        shape: what was counted over.
-        dropped: tokens of passes that were dropped.
-        unfinished: passes that began and never ended.
-
-    Returns:
-        The verdict as it stands in a log's end record: ``verdict`` and ``checks``.
-    """
-    lost = lost_choices(counts, tokens, shape)
-    wanted = np.array([item.top_k for item in shape.layers], dtype=np.int64) * tokens
-    counted = counts[:, :-1].sum(axis=1)
-    good = f"{tokens} tokens x {len(shape.layers)} layers"
-    checks = [
-        _check("every layer fired in every pass, expert ids in range", lost, shape, good),
-        _check("choices = tokens x top_k", counted - wanted, shape, good),
-        _none("no pass was dropped", dropped, "tokens in dropped passes"),
-        _none("every pass that began ended", unfinished, "passes began and raised an error"),
-    ]
-    failed = any(item["verdict"] == "fail" for item in checks)
-    return {"verdict": "fail" if failed else "pass", "checks": checks}
-
-
-def _none(name: str, found: int, what: str) -> dict[str, str]:
-    return {"name": name, "verdict": "fail" if found else "pass", "detail": f"{found} {what}"}
-
-
-def _check(name: str, off: npt.NDArray[Any], shape: Shape, good: str) -> dict[str, str]:
-    where = np.flatnonzero(off)
-    if where.size == 0:
-        return {"name": name, "verdict": "pass", "detail": good}
-    layers = ",".join(str(shape.layers[i].layer) for i in where[:8])
-    more = ",…" if where.size > 8 else ""
-    detail = f"off by {int(np.abs(off).sum())} choices, in layers {layers}{more}"
-    return {"name": name, "verdict": "fail", "detail": detail}
+    return int((-(-lost_choices(counts, tokens, shape) // shape.top_k)).sum())
 
 
 def activation(counts: npt.NDArray[Any], shape: Shape) -> dict[str, float]:
@@ -227,7 +195,7 @@ def activation(counts: npt.NDArray[Any], shape: Shape) -> dict[str, float]:
         shape: what was counted over.
     """
     touched = int(np.count_nonzero(counts[:, :-1]))
-    experts = sum(item.num_experts for item in shape.layers)
+    experts = int(shape.experts.sum())
     return {
         "total_activated_experts": float(touched),
         "avg_activated_per_layer": round(touched / len(shape.layers), 3),
@@ -248,7 +216,7 @@ def max_over_mean(counts: npt.NDArray[Any], shape: Shape) -> float | None:
 
 def layer_balance(counts: npt.NDArray[Any], shape: Shape) -> npt.NDArray[np.float64]:
     """max(c) / mean(c) of every layer, 1 to experts: [L] float64; empty without counts."""
-    own = np.where(_has(shape), counts[:, :-1], 0)
+    own = np.where(shape.has, counts[:, :-1], 0)
     total = own.sum(axis=1)
     if not total.all():
         return np.zeros(0)

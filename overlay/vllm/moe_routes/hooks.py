@@ -1,53 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the patched vLLM files call. Each is a no-op while the recorder is off."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.moe_routes.capture.references import Kept  # capture, which it imports, registers the op
-from vllm.moe_routes.capture.row_layout import Batch, Layout, locate, ubatch_row0
-from vllm.moe_routes.errors import RouteLogError
-
-
-class LogicalIds:
-    """Hands a pass's logical ids from a router to the hook behind it, where EPLB replaces them."""
-
-    def __init__(self) -> None:
-        self._ids: Tensor | None = None
-
-    def put(self, ids: Tensor) -> None:
-        self._ids = ids
-
-    def take(self) -> Tensor:
-        """The ids put last. Given once: nothing keeps a graph's memory, no pass gets old ids."""
-        ids, self._ids = self._ids, None
-        if ids is None:
-            raise RouteLogError(
-                "a router of this model chose experts without noting their logical ids; recording "
-                "it is not supported with EPLB, drop --enable-eplb or unset VLLM_LOG_MOE"
-            )
-        return ids
-
-
-class Tap(NamedTuple):
-    """Where a layer's choices go.
-
-    Attributes:
-        ids: the buffer's.
-        weights: the buffer's.
-        slot: the layer's place on the buffer's second axis.
-        layout: where its rows belong; None where they are the pass's rows as they are.
-        logical_ids: where its router leaves them; None where it returns them.
-        kept: where the choices wait until the pass ends; None where they are written to the buffer.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    slot: int
-    layout: Layout | None = None
-    logical_ids: LogicalIds | None = None
-    kept: Kept | None = None
+from vllm.moe_routes.capture.row_layout import locate
+from vllm.moe_routes.capture.taps import Tap  # by way of capture.buffer it registers the op
 
 
 def _write_moe_log_header(layer: Any) -> None:
@@ -81,34 +40,28 @@ def _log_moe_routes(layer: Any, topk_ids: Tensor, topk_weights: Tensor, row0: in
         topk_weights: [n, >= top_k].
         row0: row of the forward pass that the first row here belongs to.
     """
-    tap = layer.moe_route_tap
+    tap: Tap | None = layer.moe_route_tap
     if tap is None:
         return
     if tap.logical_ids is not None:
         topk_ids = tap.logical_ids.take()
-    if tap.layout is not None:
+    if tap.dp_rank is not None:
         n = topk_ids.shape[0]
-        first, size, row0 = locate(n, row0, tap.layout, _batch(tap.layout))
+        first, size, row0 = locate(n, row0, tap.dp_rank, _tokens_across_dp())
         topk_ids = topk_ids[first : first + size]
         topk_weights = topk_weights[first : first + size]
-        if tap.kept is not None:  # else the other ranks' rows stay in memory too, uncharged
+        if tap.references is not None:  # else the other ranks' rows stay in memory too, uncharged
             topk_ids, topk_weights = topk_ids.clone(), topk_weights.clone()
-    if tap.kept is not None:
-        tap.kept[tap.slot, row0] = (topk_ids, topk_weights)
+    if tap.references is not None:
+        tap.references[tap.slot, row0] = (topk_ids, topk_weights)
         return
     torch.ops.vllm.moe_routes_capture(tap.ids, tap.weights, topk_ids, topk_weights, row0, tap.slot)
 
 
-def _batch(layout: Layout) -> Batch:
-    """What the call under way runs in: host numbers, the same in every replay of a CUDA graph."""
-    # They import this module, by way of the layers.
+def _tokens_across_dp() -> list[int]:
+    """[dp] tokens of every data-parallel rank: the same in every replay of a CUDA graph."""
+    # It imports this module, by way of the layers.
     from vllm.forward_context import get_forward_context
-    from vllm.v1.worker.ubatching import dbo_current_ubatch_id
 
-    context = get_forward_context()
-    tokens: list[int] = context.dp_metadata.num_tokens_across_dp_cpu.tolist()
-    ubatch_id = dbo_current_ubatch_id()
-    if ubatch_id == 0:
-        return Batch(tokens)
-    num_tokens = context.batch_descriptor.num_tokens  # of all micro-batches
-    return Batch(tokens, ubatch_row0(ubatch_id, num_tokens, layout.num_ubatches))
+    tokens: list[int] = get_forward_context().dp_metadata.num_tokens_across_dp_cpu.tolist()
+    return tokens

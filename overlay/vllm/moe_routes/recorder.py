@@ -3,7 +3,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -15,15 +14,18 @@ from vllm.moe_routes import config as config_module
 from vllm.moe_routes import layers
 from vllm.moe_routes.capture.buffer import allocate
 from vllm.moe_routes.capture.pass_timer import CLOCKS
-from vllm.moe_routes.capture.references import Kept
-from vllm.moe_routes.capture.row_layout import Layout
+from vllm.moe_routes.capture.references import References
 from vllm.moe_routes.capture.snapshot import SNAPSHOTTERS
+from vllm.moe_routes.capture.taps import LogicalIds, Tap
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import ConflictError, RouteLogError
-from vllm.moe_routes.hooks import LogicalIds, Tap
 from vllm.moe_routes.recording import process_exit, provenance, refusals
-from vllm.moe_routes.recording.base import Recording, Source, StatRecording
-from vllm.moe_routes.recording.logged import PassRecording, TokenRecording
+from vllm.moe_routes.recording.base import Recording, Source
+from vllm.moe_routes.recording.per_pass import PassRecording
+from vllm.moe_routes.recording.per_token import TokenRecording
+from vllm.moe_routes.recording.rank_files import Rank, main_path, rank_files
+from vllm.moe_routes.recording.stat import StatRecording
+from vllm.moe_routes.schema import Record
 from vllm.utils.math_utils import round_up
 
 logger = init_logger(__name__)
@@ -31,9 +33,9 @@ logger = init_logger(__name__)
 #: Closing must fit into the five seconds that vLLM gives a worker to shut down.
 SHUTDOWN_SECONDS = 4.0
 STOP_SECONDS = 300.0
-#: How long a worker that was told to go has to close its recording in the ordinary way. vLLM sends
-#: a worker process SIGTERM as late as a second before SIGKILL.
-GOODBYE_SECONDS = 0.3
+#: How long a worker that got SIGTERM has to close its recording in the ordinary way. vLLM sends it
+#: as late as a second before SIGKILL.
+SIGNAL_SECONDS = 0.3
 
 
 def attach(runner: Any) -> "Recorder | None":
@@ -93,17 +95,22 @@ class Recorder:
                 "unset VLLM_LOG_MOE and VLLM_LOG_MOE_API"
             )
         self._armed = layers.select(config.layers, found)
-        self._num_moe_layers = len(found)
-        #: Kept: the groups are gone before the last command comes.
-        self._place = {
-            "dp": self._vllm_config.parallel_config.data_parallel_rank,
-            "pp": get_pp_group().rank_in_group,
-            "tp": get_tp_group().rank_in_group,
-        }
-        self._stage = self._place["pp"]
+        parallel = self._vllm_config.parallel_config
+        #: Read once: the groups are gone before the last command comes.
+        self._rank = Rank(
+            dp=parallel.data_parallel_rank,
+            pp=get_pp_group().rank_in_group,
+            tp=get_tp_group().rank_in_group,
+        )
+        #: This worker among all workers of all data-parallel ranks.
+        self._global_rank = int(
+            (self._rank.dp * parallel.pipeline_parallel_size + self._rank.pp)
+            * parallel.tensor_parallel_size
+            + self._rank.tp
+        )
         #: Only tensor-parallel rank 0 records: the others compute the same choices.
-        records = self._place["tp"] == 0
-        own = self._stages[self._stage]
+        records = self._rank.tp == 0
+        own = self._stages[self._rank.pp]
         #: In slot order.
         self._layers = [item for item in self._armed if records and item in own]
         self._mode = config.mode
@@ -115,54 +122,53 @@ class Recorder:
         self._previous: Recording | None = None
         self._active = False
         #: Takes back what is called when the process ends, where something is.
-        self._stay: Callable[[], None] | None = None
+        self._cancel_exit: Callable[[], None] | None = None
         #: When a shutdown that has begun must be over.
         self._deadline: float | None = None
         #: Whether the last recording ended at its bound and nobody has stopped it since.
         self._ended_itself = False
-        self._header: dict[str, Any] = {}
+        self._header: Record = {}
         #: Modules and their taps, in slot order.
         self._taps: list[tuple[Any, Tap]] = []
         self._taps_stay = False
         if self._layers:
             self._arm(runner, modules, len(found))
-        if self._layers:
-            process_exit.watch(self._told_to_go)
+            process_exit.watch(self._close_after_signal)
         if config.autostart and config.path is not None:
             self.start()
 
     def _arm(self, runner: Any, modules: Mapping[str, Any], num_moe_layers: int) -> None:
         """Allocate the capture buffer, and have the layers write to it where graphs are made."""
+        config, parallel = self._vllm_config, self._vllm_config.parallel_config
         self._header = provenance.header(
-            self._vllm_config, runner.device, self._layers, num_moe_layers, self._rank()
+            config, runner.device, self._layers, num_moe_layers, self._rank._asdict()
         )
         # Without graphs, which bake the hook in, the layers of a running recording are tapped and
-        # no others; and on the host they keep what they chose, and write to no buffer.
-        self._taps_stay = provenance.execution(self._vllm_config) != "eager"
-        keeps = not self._taps_stay and runner.device.type == "cpu"
-        kept: Kept | None = {} if keeps else None
+        # no others; and on the host the hook keeps references, and writes to no buffer.
+        self._taps_stay = provenance.execution(config) != "eager"
+        no_buffer = not self._taps_stay and runner.device.type == "cpu"
+        references: References | None = {} if no_buffer else None
         # A pass is padded up to a multiple of the tensor-parallel size where it is split by it.
         num_rows = round_up(
-            self._vllm_config.scheduler_config.max_num_batched_tokens,
-            self._vllm_config.parallel_config.tensor_parallel_size,
+            config.scheduler_config.max_num_batched_tokens, parallel.tensor_parallel_size
         )
-        buffer = allocate(self._layers, 0 if keeps else num_rows, runner.device)
+        buffer = allocate(self._layers, 0 if no_buffer else num_rows, runner.device)
         self._source = Source(
             runner,
             buffer,
             SNAPSHOTTERS[runner.device.type](),
             CLOCKS[runner.device.type](),
             self._config,
-            self._global_rank(),
-            kept,
+            self._global_rank,
+            references,
         )
-        layout = _layout(self._vllm_config)
+        dp_rank = self._rank.dp if parallel.data_parallel_size > 1 else None
         for slot, item in enumerate(self._layers):
             module = modules[item.name]
-            logical_ids = LogicalIds() if self._vllm_config.parallel_config.enable_eplb else None
+            logical_ids = LogicalIds() if parallel.enable_eplb else None
             if logical_ids is not None:
                 module.router.moe_logical_ids = logical_ids
-            tap = Tap(buffer.ids, buffer.weights, slot, layout, logical_ids, kept)
+            tap = Tap(buffer.ids, buffer.weights, slot, dp_rank, logical_ids, references)
             self._taps.append((module, tap))
         if self._taps_stay:
             self._tap(self._layers)
@@ -170,7 +176,7 @@ class Recorder:
             "Recording of MoE routes is armed: %d of %d MoE layers, %s",
             len(self._layers),
             num_moe_layers,
-            "no buffer" if keeps else f"{buffer.nbytes / 2**20:.1f} MiB buffer",
+            "no buffer" if no_buffer else f"{buffer.nbytes / 2**20:.1f} MiB buffer",
         )
 
     # ---- around a forward pass -------------------------------------------------------------
@@ -182,8 +188,8 @@ class Recorder:
                 self._end_by_itself()
             else:
                 self._recording.begin(scheduler_output)
-        elif self._stay is not None:  # the last one ended without anybody waiting for it
-            self._let_go()
+        elif self._cancel_exit is not None:  # the last one ended without anybody waiting for it
+            self._drop_exit_call()
 
     def end_step(self, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         """Take the forward pass that just ran.
@@ -224,7 +230,7 @@ class Recorder:
                 "ok": False,
                 "error": str(error) or type(error).__name__,
                 "conflict": isinstance(error, ConflictError),
-                "rank": self._rank(),
+                "rank": self._rank._asdict(),
             }
 
     def configure(
@@ -270,7 +276,7 @@ class Recorder:
         if not self._active:
             if self._ended_itself:  # nothing is left to do for who did not know
                 self._ended_itself = False
-                self._let_go()
+                self._drop_exit_call()
                 return self.status()
             raise ConflictError("no recording runs; start one first")
         self._stop(reason, timeout)
@@ -287,7 +293,7 @@ class Recorder:
             if self._recording is None and self._layers:
                 raise ConflictError("there is nothing to reset: nothing was recorded yet")
             self._recording = None
-            self._let_go()
+            self._drop_exit_call()
             return self.status()
         fresh = self._make(path)  # where it can't be made, the old one goes on
         if self._recording is not None:
@@ -306,8 +312,8 @@ class Recorder:
         """The truth about this rank, now."""
         chosen = self._chosen()
         status: dict[str, Any] = {
-            "rank": self._rank(),
-            "global_rank": self._global_rank(),
+            "rank": self._rank._asdict(),
+            "global_rank": self._global_rank,
             "model": self._served_name(),
             "writes": bool(chosen),
             "mode": self._mode,
@@ -333,7 +339,7 @@ class Recorder:
             self._stop_in_time(self._stop)
             if self._previous is not None:
                 self._stop_in_time(self._previous.stop)
-        self._let_go()
+        self._drop_exit_call()
 
     def _end_by_itself(self) -> None:
         """The recording is over, at its bound or by a signal: this pass is not part of it."""
@@ -341,14 +347,14 @@ class Recorder:
         self._ended_itself = True
         logger.info("MoE route log %s has ended; generation goes on", result.get("path"))
 
-    def _told_to_go(self) -> None:
-        """The process got SIGTERM. Runs on a thread of its own; the engine's may be stuck."""
+    def _close_after_signal(self) -> None:
+        """Close what the engine's thread, which may be stuck, does not. Runs on one of its own."""
         recording = self._recording
-        deadline = time.monotonic() + GOODBYE_SECONDS
+        deadline = time.monotonic() + SIGNAL_SECONDS
         while self._active and time.monotonic() < deadline:
             time.sleep(0.02)
         if self._active and recording is not None and recording is self._recording:
-            logger.warning("This worker is told to go and does not: its MoE route log is closed")
+            logger.warning("This worker got SIGTERM and does not end: its MoE route log is closed")
             recording.close_early("shutdown")
 
     # ---- inside ----------------------------------------------------------------------------
@@ -361,7 +367,7 @@ class Recorder:
                     self._tap([])
                 self._recording.stop(reason, timeout)
         finally:
-            self._let_go()
+            self._drop_exit_call()
 
     def _stop_in_time(self, stop: Callable[[str, float], None]) -> None:
         """``stop`` within what is left of a shutdown's time; an error is logged, not raised."""
@@ -372,14 +378,14 @@ class Recorder:
             expected = isinstance(error, RouteLogError)
             logger.error("MoE route log: %s", error, exc_info=not expected)
 
-    def _let_go(self) -> None:
+    def _drop_exit_call(self) -> None:
         """Take back what is called at the end of the process, where nothing is left to close.
 
         It holds this recorder, and with it the model.
         """
-        if self._stay is not None and not self._active and not self._is_closing():
-            self._stay()
-            self._stay = None
+        if self._cancel_exit is not None and not self._active and not self._is_closing():
+            self._cancel_exit()
+            self._cancel_exit = None
 
     def _make(self, path: str | None) -> Recording | None:
         """The recording that the configuration asks for; None where another rank records."""
@@ -392,11 +398,13 @@ class Recorder:
             if path is not None:
                 raise RouteLogError(f"mode stat keeps counts and writes no file; drop {path}")
             return StatRecording(self._source, chosen, slots)
-        file, names = self._files(path)
+        main = main_path(path or self._path, self._config.path, self._mode)
+        num_dp_ranks = self._vllm_config.parallel_config.data_parallel_size
+        wanted = self._select(self._selection)
+        file, names = rank_files(main, self._rank, num_dp_ranks, self._stages, wanted)
         header = {
             **self._header,
             **provenance.layer_facts(chosen),
-            "num_moe_layers": self._num_moe_layers,
             "files": names,
             **provenance.limit_facts(self._config),
         }
@@ -409,7 +417,7 @@ class Recorder:
         self._deadline = None
         if recording is not None:
             # An engine in the user's own process is never told to shut its worker down.
-            self._stay = self._stay or process_exit.at_exit(self.shutdown)
+            self._cancel_exit = self._cancel_exit or process_exit.at_exit(self.shutdown)
             if not self._taps_stay:
                 self._tap(recording.layers)
 
@@ -417,26 +425,6 @@ class Recorder:
         """Let these layers' choices be captured, and no others'."""
         for item, (module, tap) in zip(self._layers, self._taps, strict=True):
             module.moe_route_tap = tap if item in chosen else None
-
-    def _files(self, path: str | None) -> tuple[Path, list[str]]:
-        """This rank's file, and the names of all ranks' files."""
-        wanted = path or self._path
-        main = self._config.path if wanted is None else config_module.log_path(wanted)
-        if main is None:
-            raise RouteLogError(f"mode {self._mode} writes a file; name it with path=")
-        config_module.log_path(str(main), mode=self._mode)
-        writers = [
-            stage
-            for stage, own in enumerate(self._stages)
-            if any(item in own for item in self._select(self._selection))
-        ]
-        rank = self._rank()
-        names = [
-            _rank_path(main, dp, stage, writers).name
-            for dp in range(self._vllm_config.parallel_config.data_parallel_size)
-            for stage in writers
-        ]
-        return _rank_path(main, rank["dp"], rank["pp"], writers), names
 
     def _select(self, selection: str) -> list[layers.MoELayer]:
         """The layers of the whole model that a selection names, among the armed ones."""
@@ -463,15 +451,6 @@ class Recorder:
         names = self._vllm_config.model_config.served_model_name
         return str(names[0] if isinstance(names, list) else names)
 
-    def _global_rank(self) -> int:
-        """This worker among all workers of all data-parallel ranks."""
-        parallel, rank = self._vllm_config.parallel_config, self._rank()
-        tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-        return int((rank["dp"] * pp + rank["pp"]) * tp + rank["tp"])
-
-    def _rank(self) -> dict[str, int]:
-        return dict(self._place)
-
 
 def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer]]:
     """The MoE layers of every pipeline stage. Every rank calls it."""
@@ -481,21 +460,3 @@ def _gather_over_stages(own: list[layers.MoELayer]) -> list[list[layers.MoELayer
     stages: list[list[layers.MoELayer]] = [[] for _ in range(group.world_size)]
     torch.distributed.all_gather_object(stages, own, group=group.cpu_group)
     return stages
-
-
-def _layout(config: VllmConfig) -> Layout | None:
-    """Where the layers' rows belong; None where they are the pass's rows as they are."""
-    parallel = config.parallel_config
-    if parallel.data_parallel_size == 1:
-        return None
-    return Layout(parallel.data_parallel_rank)
-
-
-def _rank_path(main: Path, dp: int, stage: int, writers: list[int]) -> Path:
-    """A rank's file: ``x.jsonl``, or ``x.dp1.jsonl``, ``x.pp1.jsonl``, ``x.dp1.pp1.jsonl``.
-
-    The first data-parallel rank and the first writing stage go without a part of the name.
-    """
-    parts = [f".dp{dp}"] if dp else []
-    parts += [f".pp{stage}"] if stage != writers[0] else []
-    return main.with_name(f"{main.stem}{''.join(parts)}{main.suffix}")

@@ -5,7 +5,11 @@ The recorder writes by this module and every reader reads by it. Standard librar
 analysis library loads it without vLLM.
 """
 
-from typing import NamedTuple
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+#: One record of a log, as the object that its JSON line holds.
+Record = dict[str, Any]
 
 SCHEMA_VERSION = 1
 
@@ -15,8 +19,22 @@ META, ROUTE, PASS, REQUEST, END = "meta", "route", "pass", "request", "end"
 PHASES = ("prefill", "decode")
 #: A forward pass is "prefill" when all its tokens are prompt tokens, "decode" when none is.
 FORWARD_MODES = ("prefill", "decode", "mixed")
-#: Why a row is not part of its request's sequence, or not for the first time.
-FLAGS = ("recomputed", "overrun", "rejected")
+
+
+class Flag(IntEnum):
+    """Why a row is not part of its request's sequence, or not for the first time."""
+
+    NONE = 0
+    #: The position was executed before: preemption threw its KV cache away.
+    RECOMPUTED = 1
+    #: Executed after the request had stopped: asynchronous scheduling runs one step ahead.
+    OVERRUN = 2
+    #: A draft token that the model did not confirm: another token took its position.
+    REJECTED = 3
+
+
+#: The flags as a route record names them; a row without a flag has no such field.
+FLAGS = tuple(flag.name.lower() for flag in Flag if flag)
 
 #: Keys of a Parquet part's footer: the header in every part, request records as JSON lines, and
 #: the end record in the last part.
@@ -53,4 +71,23 @@ ROUTE_FIELDS = (
     Field("phase", "label", required=False),
     Field("forward_pass_id", "int64", required=False),
     Field("flag", "label", required=False),
+)
+
+#: The keys of the other records, in their order in a line. One forward pass of mode per_pass:
+PASS_KEYS = (
+    *("forward_pass_id", "batch_size", "latency", "seq_lens_sum", "forward_mode"),
+    *("expert_activation", "type", "rank", "prefill_tokens", "decode_tokens"),
+    *("total_activated_experts", "expert_utilization", "max_over_mean"),
+)
+#: One request of mode per_token. In a Parquet footer ``after_rows`` follows.
+REQUEST_KEYS = (
+    *("type", "req_id", "raw_id", "num_prompt_tokens", "cached_tokens", "missed_tokens"),
+    *("positions", "rows_flagged", "rows_dropped", "finished"),
+)
+#: The end of a log. ``next`` and ``error`` are there for some reasons only, ``expert_counts`` in
+#: mode per_pass; ``rows_flagged`` and what is about requests in mode per_token.
+END_KEYS = (
+    *("type", "reason", "next", "error", "rows", "rows_flagged", "passes", "passes_unfinished"),
+    *("passes_by_mode", "tokens", "requests", "cached_tokens", "missed_tokens", "bytes"),
+    *("drops", "rows_skipped", "self_check", "expert_counts", "end_time"),
 )

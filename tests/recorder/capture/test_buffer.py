@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
 from vllm.moe_routes.capture import buffer as capture
 from vllm.moe_routes.capture.buffer import CaptureBuffer
-from vllm.moe_routes.capture.row_layout import Layout
-from vllm.moe_routes.hooks import LogicalIds, Tap, _log_moe_routes, _note_logical_ids
-from vllm.moe_routes.writing.formats import jsonl
+from vllm.moe_routes.capture.taps import LogicalIds, Tap
+from vllm.moe_routes.hooks import _log_moe_routes, _note_logical_ids
+from vllm.moe_routes.writing.formats.jsonl import LineMaker
+from vllm.moe_routes.writing.rows import PassRoutes
 from vllm.moe_routes.writing.self_check import SelfCheck
+from vllm.moe_routes.writing.verdicts import verdict
 
 from tests.support.build import DEVICE, QUICK, a_layer, a_table
 
@@ -102,8 +104,9 @@ def test_a_shared_expert_in_a_narrow_layers_spare_column_reaches_neither_file_no
     check = SelfCheck(layers, buffer.not_an_id)
     good = check.step(len(ids), ids, weights)
     assert good.all()
-    assert check.verdict()["verdict"] == "pass"
-    lines = jsonl.encode_routes(layers, 0, a_table(1), ids, weights, good).splitlines()
+    assert verdict(check.checks())["verdict"] == "pass"
+    one = PassRoutes(0, a_table(1), ids, weights, good)
+    lines = b"".join(data for data, _ in LineMaker(layers).lines([one])).splitlines()
     assert b'"layer":1,"topk_ids":[1,6],"topk_weights":[0.75,0.25]' in lines[1]
 
 
@@ -317,15 +320,15 @@ def test_the_op_allocates_nothing() -> None:
         assert result.untyped_storage().data_ptr() in given_memory
 
 
-@pytest.mark.parametrize("layout", [None, Layout(1)], ids=["alone", "data-parallel"])
+@pytest.mark.parametrize("dp_rank", [None, 1], ids=["alone", "data-parallel"])
 @pytest.mark.parametrize("eplb", [False, True])
 def test_the_armed_hook_is_the_two_copies_and_views_of_what_is_there(
-    layout: Layout | None, eplb: bool
+    dp_rank: int | None, eplb: bool
 ) -> None:
     buffer, (ids, weights) = _buffer(), _choices(9)
     logical_ids = LogicalIds() if eplb else None
     router = SimpleNamespace(enable_eplb=eplb, moe_logical_ids=logical_ids)
-    tap = Tap(buffer.ids, buffer.weights, 1, layout, logical_ids)
+    tap = Tap(buffer.ids, buffer.weights, 1, dp_rank, logical_ids)
     across = torch.tensor([4, 5])
     context = ForwardContext({}, {}, {}, 0, DPMetadata(across.max(), across))
     with override_forward_context(context), _Recorder() as graph:
@@ -336,7 +339,7 @@ def test_the_armed_hook_is_the_two_copies_and_views_of_what_is_there(
     given_memory = {item.untyped_storage().data_ptr() for item in (*buffer[:2], ids, weights)}
     for _, _, _, result in graph.calls:
         assert result.untyped_storage().data_ptr() in given_memory
-    assert torch.equal(buffer.ids[: 5 if layout else 9, 1].int(), ids[4 if layout else 0 :])
+    assert torch.equal(buffer.ids[: 5 if dp_rank else 9, 1].int(), ids[4 if dp_rank else 0 :])
 
 
 def test_the_buffer_stays_where_it_is() -> None:

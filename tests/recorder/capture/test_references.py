@@ -15,9 +15,9 @@ from torch import Tensor
 from vllm.moe_routes import hooks, recorder
 from vllm.moe_routes.capture import references
 from vllm.moe_routes.capture.buffer import allocate, moe_routes_capture
-from vllm.moe_routes.capture.references import Kept, KeptChoices
-from vllm.moe_routes.capture.row_layout import Batch, Layout
+from vllm.moe_routes.capture.references import ReferenceChoices, References
 from vllm.moe_routes.capture.snapshot import HostSnapshotter
+from vllm.moe_routes.capture.taps import Tap
 from vllm.moe_routes.counts import PassTokens, Shape
 from vllm.moe_routes.recording import provenance
 from vllm.moe_routes.recording.choices import BufferChoices, Choices
@@ -54,17 +54,17 @@ class Pass:
         num_rows: int = ROWS,
         convert: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda ids, w: (ids, w),
     ) -> None:
-        layers, self.kept = [MODEL[i] for i in slots], Kept()
+        layers, self.references = [MODEL[i] for i in slots], References()
         shape, buffer = Shape.of(layers), allocate(MODEL, 32, HOST)
         empty = allocate(MODEL, 0, HOST)
         self.written: Choices = BufferChoices(buffer, slots, shape, HostSnapshotter())
-        self.handed: Choices = KeptChoices(self.kept, slots, shape, empty)
+        self.handed: Choices = ReferenceChoices(self.references, slots, shape, empty)
         for choices in (self.written, self.handed):
             choices.begin(num_rows)
         for slot, row0, n, k in calls:
             if slot in slots:
-                self.kept[slot, row0] = convert(*_router(n, seed=slot, k=k))
-        for (slot, row0), (ids, weights) in self.kept.items():
+                self.references[slot, row0] = convert(*_router(n, seed=slot, k=k))
+        for (slot, row0), (ids, weights) in self.references.items():
             moe_routes_capture(buffer.ids, buffer.weights, ids, weights, row0, slot)
 
 
@@ -113,7 +113,7 @@ def test_what_an_eager_pass_keeps_is_what_the_op_would_have_written(
     assert found.topk_weights[fired].tolist() == wanted.topk_weights[fired].tolist()
     assert found.topk_weights.dtype == np.float32
     assert found.token_ids.tolist() == wanted.token_ids.tolist()
-    assert not run.kept, "the next pass starts from nothing"
+    assert not run.references, "the next pass starts from nothing"
 
 
 @QUICK
@@ -134,11 +134,11 @@ def test_passes_that_wait_to_be_counted_are_in_every_total(
 ) -> None:
     monkeypatch.setattr(references, "WAITING_BYTES", waiting_bytes)
     run = Pass(WHOLE, [1, 3])
-    written, handed = run.written.totals(_no_loss), run.handed.totals(_no_loss)
-    taken = dict(run.kept)
+    written, handed = run.written.accumulator(_no_loss), run.handed.accumulator(_no_loss)
+    taken = dict(run.references)
     kinds = [PassTokens(ROWS, 0), PassTokens(0, ROWS), PassTokens(4, ROWS - 4)]
     for i in range(12):
-        run.kept.update(taken)
+        run.references.update(taken)
         written.add(kinds[i % 3])
         handed.add(kinds[i % 3])
         if i in (4, 5, 11):
@@ -148,12 +148,13 @@ def test_passes_that_wait_to_be_counted_are_in_every_total(
 
 def test_a_pass_that_can_not_be_counted_is_told_and_the_others_count() -> None:
     run, told = Pass(WHOLE, [0]), []
-    totals = run.handed.totals(lambda tokens, error: told.append((tokens, str(error))))
-    taken = dict(run.kept)
+    counts = run.handed.accumulator(lambda tokens, error: told.append((tokens, str(error))))
+    taken = dict(run.references)
     for i in range(3):
-        run.kept.update({(0, 0): (torch.zeros(1, dtype=torch.int32),) * 2} if i == 1 else taken)
-        totals.add(PassTokens(ROWS - i, i))
-    assert totals.read().sum() == 2 * ROWS * TOP_K
+        broken = {(0, 0): (torch.zeros(1, dtype=torch.int32),) * 2}
+        run.references.update(broken if i == 1 else taken)
+        counts.add(PassTokens(ROWS - i, i))
+    assert counts.read().sum() == 2 * ROWS * TOP_K
     assert [tokens for tokens, _ in told] == [PassTokens(ROWS - 1, 1)]
 
 
@@ -180,7 +181,7 @@ def test_passes_that_nobody_takes_do_not_pile_up(
     runner = arm(tmp_path / "x.jsonl")
     for _ in range(50):
         runner.dummy_run()
-    assert len(runner.moe_routes._source.kept) == len(INDICES)  # type: ignore[union-attr, arg-type]
+    assert len(runner.moe_routes._source.references) == len(INDICES)  # type: ignore[union-attr, arg-type]
     runner.moe_routes.control("stop")  # type: ignore[union-attr]
 
 
@@ -195,12 +196,12 @@ def test_rows_of_other_data_parallel_ranks_are_not_kept_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A rank's layer is called with all ranks' rows; a slice would keep them all."""
-    monkeypatch.setattr(hooks, "_batch", lambda layout: Batch([100, 5]))
-    nothing, held = torch.zeros(0), Kept()
-    layer = SimpleNamespace(moe_route_tap=hooks.Tap(nothing, nothing, 0, Layout(1), None, held))
+    monkeypatch.setattr(hooks, "_tokens_across_dp", lambda: [100, 5])
+    nothing, references = torch.zeros(0), References()
+    layer = SimpleNamespace(moe_route_tap=Tap(nothing, nothing, 0, 1, None, references))
     ids, weights = _router(105, seed=0)
     hooks._log_moe_routes(layer, ids, weights)
-    (kept_ids, kept_weights) = held[0, 0]
+    (kept_ids, kept_weights) = references[0, 0]
     assert torch.equal(kept_ids, ids[100:]) and torch.equal(kept_weights, weights[100:])
-    for item in held[0, 0]:
+    for item in references[0, 0]:
         assert item.untyped_storage().nbytes() == item.nbytes, "what the queue is charged"

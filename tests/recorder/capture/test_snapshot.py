@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.moe_routes.capture.buffer import CaptureBuffer, allocate, moe_routes_capture
 from vllm.moe_routes.capture.snapshot import (
     SNAPSHOTTERS,
-    CudaStreamApi,
+    CudaStreams,
     HostSnapshotter,
     Pending,
     Routes,
@@ -227,7 +227,7 @@ def test_a_snapshot_on_a_real_gpu_survives_the_passes_after_it() -> None:
     gpu = torch.device("cuda")
     buffer = allocate(LAYERS, ROWS, gpu)
     tokens = torch.zeros(ROWS, dtype=torch.int32, device=gpu)
-    snapshotter = StreamSnapshotter(CudaStreamApi())
+    snapshotter = StreamSnapshotter(CudaStreams())
     meant, pending = [], []
     for i in range(50):
         ids = np.arange(100 * i, 100 * i + ROWS, dtype=np.int32)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from vllm.moe_routes.capture.snapshot import Routes
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.writing.formats.jsonl import CHUNK, JsonlLog, encode_object, encode_routes
-from vllm.moe_routes.writing.rows import Flag, RequestBook, RowTable
+from vllm.moe_routes.schema import Flag
+from vllm.moe_routes.writing.formats.jsonl import CHUNK, JsonlFile, LineMaker, encode_object
+from vllm.moe_routes.writing.rows import PassRoutes, RequestBook, RowTable
 
 from tests.support.build import QUICK, a_layer, a_step, a_table, clean_routes
 
@@ -43,7 +44,8 @@ def _encode(
 ) -> bytes:
     if good is None:
         good = np.ones(routes.topk_ids.shape[:2], dtype=bool)
-    return encode_routes(layers, forward_pass_id, table, routes.topk_ids, routes.topk_weights, good)
+    one = PassRoutes(forward_pass_id, table, routes.topk_ids, routes.topk_weights, good)
+    return b"".join(data for data, _ in LineMaker(layers).lines([one]))
 
 
 def _lines(data: bytes) -> list[dict[str, Any]]:
@@ -177,11 +179,11 @@ def test_lines_are_those_of_a_plain_encoder_to_the_byte(
 
 def test_passes_are_written_in_their_order_whenever_their_lines_are_made(tmp_path: Path) -> None:
     layers, every = [a_layer(0), a_layer(1)], np.ones((4, 2), dtype=bool)
-    log = JsonlLog(tmp_path / "x.jsonl", {"type": "meta"}, layers, "float32")
+    log = JsonlFile(tmp_path / "x.jsonl", {"type": "meta"}, layers, private=False)
     want = encode_object({"type": "meta"})
     for number in range(2 * CHUNK // every.size + 3):
         table, routes = a_table(4), clean_routes(layers, 4, seed=number)
-        log.write_routes(number, table, routes.topk_ids, routes.topk_weights, every)
+        log.write_routes(PassRoutes(number, table, routes.topk_ids, routes.topk_weights, every))
         want += _encode(layers, table, routes, every, number)
         if number % 100 == 7:
             log.write_request({"type": "request", "after": number})

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.schema import FOOTER_END, FOOTER_META, FOOTER_REQUESTS
 from vllm.moe_routes.writing import formats
-from vllm.moe_routes.writing.formats import dataset, parquet
-from vllm.moe_routes.writing.formats.jsonl import encode_routes
-from vllm.moe_routes.writing.token_log import Session
+from vllm.moe_routes.writing.formats import parquet, route_file
+from vllm.moe_routes.writing.formats.jsonl import LineMaker
+from vllm.moe_routes.writing.rows import PassRoutes
+from vllm.moe_routes.writing.token_log import TokenLog
 
 from tests.support.build import QUICK, a_layer, a_pending, a_step, a_table, clean_routes
 
@@ -44,23 +46,23 @@ def footers(log: Path) -> list[dict[bytes, bytes]]:
 
 
 def requests_of(log: Path) -> list[Record]:
-    lines = [line for footer in footers(log) for line in footer.get(dataset.REQUESTS, b"").split()]
+    lines = [line for footer in footers(log) for line in footer.get(FOOTER_REQUESTS, b"").split()]
     return [json.loads(line) for line in lines]
 
 
 def end_of(log: Path) -> Record:
-    end: Record = json.loads(footers(log)[-1][dataset.END])
+    end: Record = json.loads(footers(log)[-1][FOOTER_END])
     return end
 
 
-def a_session(log: Path, layers: list[MoELayer] = LAYERS, weights: str = "float32") -> Session:
-    return Session(log, HEADER, layers, 255, weights)
+def a_log(log: Path, layers: list[MoELayer] = LAYERS, weights: str = "float32") -> TokenLog:
+    return TokenLog(log, HEADER, layers, 255, weights)
 
 
-def a_pass(session: Session, n: int, number: int = 0, layers: list[MoELayer] = LAYERS) -> None:
+def a_pass(opened: TokenLog, n: int, number: int = 0, layers: list[MoELayer] = LAYERS) -> None:
     rows = [(f"{number}-{number:08x}", 0, n, n)]
     pending = a_pending(clean_routes(layers, n, seed=number))
-    session.consume(a_step(rows, pending=pending, forward_pass_id=number))
+    opened.consume(a_step(rows, pending=pending, forward_pass_id=number))
 
 
 @pytest.fixture
@@ -87,8 +89,8 @@ def test_the_rows_are_those_of_the_jsonl_log(
 ) -> None:
     layers = [a_layer(3 * i, k, num_experts=300 if wide else 8) for i, k in enumerate(top_ks)]
     path = tmp_path_factory.mktemp("log") / "x.parquet"
-    file = formats.create(path, HEADER, layers, "float32")
-    lines = b""
+    file = route_file.create(path, HEADER, layers, "float32", private=False)
+    lines, lines_of = b"", LineMaker(layers)
     for number, n in enumerate(sizes):
         flags = data.draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=n, max_size=n))
         table = a_table(n, flags, prompt=2)
@@ -96,8 +98,9 @@ def test_the_rows_are_those_of_the_jsonl_log(
         good = data.draw(
             hnp.arrays(bool, (n, len(layers))) | st.just(np.ones((n, len(layers)), bool))
         )
-        file.write_routes(number, table, routes.topk_ids, routes.topk_weights, good)
-        lines += encode_routes(layers, number, table, routes.topk_ids, routes.topk_weights, good)
+        one = PassRoutes(number, table, routes.topk_ids, routes.topk_weights, good)
+        file.write_routes(one)
+        lines += b"".join(data for data, _ in lines_of.lines([one]))
         if data.draw(st.booleans()):
             file.flush()
     file.flush()
@@ -107,8 +110,8 @@ def test_the_rows_are_those_of_the_jsonl_log(
 def test_what_the_engine_overwrites_later_stays_as_it_was(log: Path) -> None:
     routes = clean_routes(LAYERS, 3)
     meant = routes.topk_ids.copy(), routes.topk_weights.copy()
-    file = formats.create(log, HEADER, LAYERS, "float32")
-    file.write_routes(0, a_table(3), *routes[:2], np.ones((3, 2), dtype=bool))
+    file = route_file.create(log, HEADER, LAYERS, "float32", private=False)
+    file.write_routes(PassRoutes(0, a_table(3), *routes[:2], np.ones((3, 2), dtype=bool)))
     routes.topk_ids[:], routes.topk_weights[:] = 0, 0
     file.flush()
     table = pq.read_table(log)
@@ -120,7 +123,7 @@ def test_what_the_engine_overwrites_later_stays_as_it_was(log: Path) -> None:
 def test_lists_have_a_fixed_size_and_ids_are_as_small_as_they_can_be(
     log: Path, experts: int, kind: str
 ) -> None:
-    formats.create(log, HEADER, [a_layer(0, 4, experts)], "float32")
+    route_file.create(log, HEADER, [a_layer(0, 4, experts)], "float32", private=False)
     columns = pq.read_schema(log / "part-000000.parquet")
     assert columns.field("topk_ids").type.list_size == 4
     assert str(columns.field("topk_ids").type.value_type) == kind
@@ -128,10 +131,10 @@ def test_lists_have_a_fixed_size_and_ids_are_as_small_as_they_can_be(
 
 
 def test_float16_weights_are_the_nearest_and_the_header_says_so(log: Path) -> None:
-    session = a_session(log, weights="float16")
-    a_pass(session, 50)
-    session.close("stop")
-    assert json.loads(footers(log)[0][dataset.META])["weights_dtype"] == "float16"
+    opened = a_log(log, weights="float16")
+    a_pass(opened, 50)
+    opened.close("stop")
+    assert json.loads(footers(log)[0][FOOTER_META])["weights_dtype"] == "float16"
     weights = pq.read_table(log)["topk_weights"].combine_chunks().flatten().to_numpy()
     exact = clean_routes(LAYERS, 50).topk_weights.reshape(-1)
     assert weights.dtype == np.float16
@@ -141,7 +144,7 @@ def test_float16_weights_are_the_nearest_and_the_header_says_so(log: Path) -> No
 
 def test_float16_is_refused_for_jsonl(tmp_path: Path) -> None:
     with pytest.raises(RouteLogError, match=r"VLLM_LOG_MOE_WEIGHTS=float16 is for \.parquet logs"):
-        a_session(tmp_path / "x.jsonl", weights="float16")
+        a_log(tmp_path / "x.jsonl", weights="float16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,11 +177,11 @@ def _with_a_dataset(log: Path) -> list[Record]:
 def test_other_readers_open_the_directory_as_it_stands(
     log: Path, read: Callable[[Path], list[Record]], weights: str
 ) -> None:
-    session = a_session(log, weights=weights)
+    opened = a_log(log, weights=weights)
     for number in range(3):
-        a_pass(session, 4, number)
-        session.flush()
-    session.close("stop")
+        a_pass(opened, 4, number)
+        opened.flush()
+    opened.close("stop")
     rows = read(log)
     assert len(rows) == 3 * 4 * len(LAYERS)
     assert [row["req_id"] for row in rows] == ["0"] * 8 + ["1"] * 8 + ["2"] * 8
@@ -194,63 +197,63 @@ def test_other_readers_open_the_directory_as_it_stands(
 
 
 def test_the_header_is_on_disk_before_the_first_pass(log: Path) -> None:
-    a_session(log)
+    a_log(log)
     assert [part.name for part in log.iterdir()] == ["part-000000.parquet"]
-    header = json.loads(footers(log)[0][dataset.META])
+    header = json.loads(footers(log)[0][FOOTER_META])
     assert {key: header[key] for key in HEADER} == HEADER
     assert pq.read_table(log).num_rows == 0
 
 
 def test_a_flush_makes_rows_and_requests_readable(log: Path) -> None:
-    session = a_session(log)
-    a_pass(session, 3)
+    opened = a_log(log)
+    a_pass(opened, 3)
     assert pq.read_table(log).num_rows == 0
-    session.flush()
+    opened.flush()
     assert pq.read_table(log).num_rows == 6
-    session.flush()
+    opened.flush()
     assert len(list(log.iterdir())) == 2, "nothing new, no part"
-    session.consume(a_step(finished=["0-00000000"]))
-    session.flush()
+    opened.consume(a_step(finished=["0-00000000"]))
+    opened.flush()
     assert [item["req_id"] for item in requests_of(log)] == ["0"]
 
 
 def test_a_part_is_closed_at_its_size(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "PART_ROWS", 10)
-    session = a_session(log)
+    opened = a_log(log)
     for number in range(5):
-        a_pass(session, 3, number)
+        a_pass(opened, 3, number)
     assert [pq.read_metadata(part).num_rows for part in sorted(log.iterdir())] == [0, 12, 12]
-    session.close("stop")
+    opened.close("stop")
     assert [pq.read_metadata(part).num_rows for part in sorted(log.iterdir())] == [0, 12, 12, 6, 0]
 
 
 def test_the_end_record_stands_in_the_last_part_and_knows_the_others(log: Path) -> None:
-    session = a_session(log)
-    a_pass(session, 3)
-    session.flush()
-    assert all(dataset.END not in footer for footer in footers(log))
-    session.close("stop")
+    opened = a_log(log)
+    a_pass(opened, 3)
+    opened.flush()
+    assert all(FOOTER_END not in footer for footer in footers(log))
+    opened.close("stop")
     *others, _ = sorted(log.iterdir())
     end = end_of(log)
     assert end["rows"] == 6
     assert end["bytes"] == sum(part.stat().st_size for part in others)
-    assert [dataset.END in footer for footer in footers(log)] == [False] * len(others) + [True]
-    assert session.end == end
+    assert [FOOTER_END in footer for footer in footers(log)] == [False] * len(others) + [True]
+    assert opened.end == end
 
 
 def test_requests_know_where_they_stand_among_the_rows(log: Path) -> None:
-    session = a_session(log)
-    a_pass(session, 3)
+    opened = a_log(log)
+    a_pass(opened, 3)
     rows, done = [("b-0000000b", 0, 2, 2)], ["0-00000000"]
-    session.consume(a_step(rows, pending=a_pending(clean_routes(LAYERS, 2)), finished=done))
-    session.close("stop")
+    opened.consume(a_step(rows, pending=a_pending(clean_routes(LAYERS, 2)), finished=done))
+    opened.close("stop")
     assert [(r["req_id"], r["after_rows"]) for r in requests_of(log)] == [("0", 6), ("b", 10)]
 
 
 def test_only_parts_are_ever_in_the_directory_and_nothing_beside_it(log: Path) -> None:
-    session = a_session(log)
-    a_pass(session, 3)
-    session.close("stop")
+    opened = a_log(log)
+    a_pass(opened, 3)
+    opened.close("stop")
     assert all(part.name.startswith("part-") for part in log.iterdir())
     assert list(log.parent.iterdir()) == [log]
 
@@ -258,10 +261,10 @@ def test_only_parts_are_ever_in_the_directory_and_nothing_beside_it(log: Path) -
 def test_a_part_that_cannot_be_written_leaves_the_others(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = a_session(log)
-    a_pass(session, 3)
-    session.flush()
-    a_pass(session, 3, 1)
+    opened = a_log(log)
+    a_pass(opened, 3)
+    opened.flush()
+    a_pass(opened, 3, 1)
 
     def full(table: Any, where: Path, **_: Any) -> None:
         where.write_bytes(b"PAR1")
@@ -269,16 +272,16 @@ def test_a_part_that_cannot_be_written_leaves_the_others(
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(OSError, match="No space left"):
-        session.flush()
-    session.abandon()
+        opened.flush()
+    opened.abandon()
     assert pq.read_table(log).num_rows == 6
     assert list(log.parent.iterdir()) == [log]
-    assert dataset.END not in footers(log)[-1]
+    assert FOOTER_END not in footers(log)[-1]
 
 
 def test_rows_reach_parquet_later_than_jsonl_so_that_parts_are_not_tiny(log: Path) -> None:
-    assert formats.shortest_flush(log) == 30
-    assert formats.shortest_flush(log.with_suffix(".jsonl")) == 0
+    assert route_file.shortest_flush(log) == 30
+    assert route_file.shortest_flush(log.with_suffix(".jsonl")) == 0
 
 
 # ---- what is refused -----------------------------------------------------------------------
@@ -287,28 +290,28 @@ def test_rows_reach_parquet_later_than_jsonl_so_that_parts_are_not_tiny(log: Pat
 def test_an_existing_directory_is_refused_and_left_alone(log: Path) -> None:
     log.mkdir()
     with pytest.raises(RouteLogError, match="exists; move it away"):
-        a_session(log)
+        a_log(log)
     assert list(log.iterdir()) == []
 
 
 def test_a_missing_folder_is_refused_and_not_made(tmp_path: Path) -> None:
     with pytest.raises(RouteLogError, match=r"can't be created \(No such file"):
-        a_session(tmp_path / "missing" / "x.parquet")
+        a_log(tmp_path / "missing" / "x.parquet")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_header_that_cannot_be_encoded_leaves_no_directory(log: Path) -> None:
     with pytest.raises(TypeError):
-        Session(log, {"type": "meta", "what": object()}, LAYERS, 255)
+        TokenLog(log, {"type": "meta", "what": object()}, LAYERS, 255)
     assert list(log.parent.iterdir()) == []
 
 
 def test_without_pyarrow_the_error_says_how_to_get_it(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(formats, "dataset")
+    monkeypatch.delattr(formats, "dataset", raising=False)
     monkeypatch.delitem(sys.modules, "vllm.moe_routes.writing.formats.dataset")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RouteLogError, match="pip install pyarrow"):
-        a_session(log)
+        a_log(log)
     assert not log.exists()

@@ -87,13 +87,13 @@ def test_choices_that_were_not_captured_are_lost_rows(log: PassLog) -> None:
 def test_what_a_dump_can_show_is_bounded_by_number_and_by_size(
     log: PassLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pass_log, "KEPT_RECORDS", 3)
+    monkeypatch.setattr(pass_log, "RECENT_PASSES", 3)
     for i in range(5):
         log.consume(a_pass(i, 1))
-    assert [item.record["forward_pass_id"] for item in log.kept] == [2, 3, 4]
-    monkeypatch.setattr(pass_log, "KEPT_BYTES", 2 * log.kept[0].counts.nbytes)
+    assert [item.record["forward_pass_id"] for item in log.recent] == [2, 3, 4]
+    monkeypatch.setattr(pass_log, "RECENT_BYTES", 2 * log.recent[0].counts.nbytes)
     log.consume(a_pass(5, 1))
-    assert [item.record["forward_pass_id"] for item in log.kept] == [4, 5]
+    assert [item.record["forward_pass_id"] for item in log.recent] == [4, 5]
     assert log.first is not None and log.first["forward_pass_id"] == 0
 
 

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.recorder import Recorder, control
-from vllm.moe_routes.recording import provenance
-from vllm.moe_routes.recording.request_sample import Sample, chosen
+from vllm.moe_routes.recording.request_sample import RequestSample, chosen
 from vllm.moe_routes.writing.pass_log import PassLog
-from vllm.moe_routes.writing.rotation import Chain
+from vllm.moe_routes.writing.rotation import RotatingLog
 from vllm.moe_routes.writing.rows import Step
-from vllm.moe_routes.writing.token_log import Session
+from vllm.moe_routes.writing.token_log import TokenLog
 
 from tests.support.build import QUICK, Ready, a_layer, a_pending, a_step, clean_routes, read_lines
 from tests.support.fake_runner import INDICES, FakeRunner
@@ -32,11 +30,11 @@ HEADER = {"type": "meta", "model_id": "m", "top_k": 2, "files": ["x.jsonl"]}
 SHAPE = Shape.of(LAYERS)
 
 
-def _sessions(path: Path, facts: dict[str, Any]) -> Session:
-    return Session(path, {**HEADER, **facts}, LAYERS, 255)
+def _token_logs(path: Path, facts: dict[str, Any]) -> TokenLog:
+    return TokenLog(path, {**HEADER, **facts}, LAYERS, 255)
 
 
-def _passes(path: Path, facts: dict[str, Any]) -> PassLog:
+def _pass_logs(path: Path, facts: dict[str, Any]) -> PassLog:
     return PassLog(path, {**HEADER, **facts}, SHAPE, 0)
 
 
@@ -82,16 +80,16 @@ def test_a_recording_ends_before_its_bound_and_says_why(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int, id_length: int
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "x.jsonl"
-    chain = Chain(_sessions, path, limit, False, len(LAYERS))
+    log = RotatingLog(_token_logs, path, limit, False)
     steps = _steps(sizes, id_length)
     for step in steps:
-        chain.consume(step)
-    chain.close("stop")
-    lines, totals = read_lines(path), chain.totals()
+        log.consume(step)
+    log.close("stop")
+    lines, totals = read_lines(path), log.totals()
     end = lines[-1]
     assert path.stat().st_size <= limit
     assert end["type"] == "end"
-    assert end["reason"] == ("max_bytes" if chain.over else "stop")
+    assert end["reason"] == ("max_bytes" if log.over else "stop")
     assert end["rows"] == len(_of_type(lines, "route")) == totals["rows"]
     assert totals["rows"] + totals["rows_past_end"] == _rows(steps)
     assert end["self_check"]["verdict"] == "pass", "what was left out on purpose is not lost"
@@ -106,13 +104,13 @@ def test_rotated_files_are_complete_logs_that_add_up(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], limit: int
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
-    chain = Chain(_sessions, folder / "x.jsonl", limit, True, len(LAYERS))
+    log = RotatingLog(_token_logs, folder / "x.jsonl", limit, True)
     steps = _steps(sizes)
     for step in steps:
-        chain.consume(step)
-    chain.close("stop")
-    names = ["x.jsonl"] + [f"x.{n}.jsonl" for n in range(2, len(chain.files) + 1)]
-    assert [path.name for path in chain.files] == names
+        log.consume(step)
+    log.close("stop")
+    names = ["x.jsonl"] + [f"x.{n}.jsonl" for n in range(2, len(log.files) + 1)]
+    assert [path.name for path in log.files] == names
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     logs = [read_lines(folder / name) for name in names]
     for i, lines in enumerate(logs):
@@ -126,8 +124,8 @@ def test_rotated_files_are_complete_logs_that_add_up(
         assert end["rows"] == len(_of_type(lines, "route"))
         assert end["requests"] == len(_of_type(lines, "request"))
         assert end["self_check"]["verdict"] == "pass"
-    assert chain.end is not None
-    assert chain.end["rows"] == _rows(steps) == sum(lines[-1]["rows"] for lines in logs)
+    assert log.end is not None
+    assert log.end["rows"] == _rows(steps) == sum(lines[-1]["rows"] for lines in logs)
     requests = [line["raw_id"] for lines in logs for line in _of_type(lines, "request")]
     assert len(requests) == len(set(requests)) == len(sizes) + 1, "each request is told once"
     positions = [
@@ -138,7 +136,7 @@ def test_rotated_files_are_complete_logs_that_add_up(
     ]
     assert positions == list(range(len(sizes))), "a request goes on in the next file"
     counts = sum(count_choices(s.pending.routes.topk_ids, SHAPE) for s in steps)  # type: ignore[union-attr]
-    assert np.array_equal(chain.counts().sum(axis=0), counts)
+    assert np.array_equal(log.counts().sum(axis=0), counts)
 
 
 @QUICK
@@ -148,40 +146,40 @@ def test_per_pass_logs_keep_to_the_bound(
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
     limit = 72_000
-    chain = Chain(_passes, folder / "x.jsonl", limit, rotate, len(LAYERS))
+    log = RotatingLog(_pass_logs, folder / "x.jsonl", limit, rotate)
     steps = _steps(sizes)
     for step in steps:
-        chain.consume(_counted(step))
-    chain.close("stop")
-    lines = [line for path in chain.files for line in read_lines(path)]
+        log.consume(_counted(step))
+    log.close("stop")
+    lines = [line for path in log.files for line in read_lines(path)]
     assert all(path.stat().st_size <= limit for path in folder.iterdir())
-    totals = chain.totals()
+    totals = log.totals()
     assert totals["rows"] + totals["rows_past_end"] == _rows(steps)
-    assert (totals["rows_past_end"] > 0) == chain.over
+    assert (totals["rows_past_end"] > 0) == log.over
     assert len(_of_type(lines, "pass")) == totals["passes"]
     if rotate:
         assert totals["passes"] == len(sizes)
-        kept: Any = chain.current
-        assert [item.record["forward_pass_id"] for item in kept.kept] == list(range(len(sizes)))
+        recent: Any = log.current.recent
+        assert [item.record["forward_pass_id"] for item in recent] == list(range(len(sizes)))
 
 
 def test_a_single_pass_past_the_bound_has_a_file_to_itself(tmp_path: Path) -> None:
-    chain = Chain(_sessions, tmp_path / "x.jsonl", 70_000, True, len(LAYERS))
+    log = RotatingLog(_token_logs, tmp_path / "x.jsonl", 70_000, True)
     steps = _steps([2, 400, 2])
     for step in steps:
-        chain.consume(step)
-    chain.close("stop")
-    assert [len(_of_type(read_lines(p), "route")) for p in chain.files] == [6, 802, 6]
+        log.consume(step)
+    log.close("stop")
+    assert [len(_of_type(read_lines(p), "route")) for p in log.files] == [6, 802, 6]
 
 
 def test_rotation_never_writes_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "x.2.jsonl").write_text("precious")
-    chain = Chain(_sessions, tmp_path / "x.jsonl", 70_000, True, len(LAYERS))
+    log = RotatingLog(_token_logs, tmp_path / "x.jsonl", 70_000, True)
     for step in _steps([2, 400]):
-        chain.consume(step)
-    chain.close("stop")
+        log.consume(step)
+    log.close("stop")
     assert (tmp_path / "x.2.jsonl").read_text() == "precious"
-    assert [path.name for path in chain.files] == ["x.jsonl", "x.3.jsonl"]
+    assert [path.name for path in log.files] == ["x.jsonl", "x.3.jsonl"]
     assert read_lines(tmp_path / "x.jsonl")[-1]["next"] == "x.3.jsonl"
 
 
@@ -189,18 +187,11 @@ def test_rotation_never_writes_over_a_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[FakeRunner, Path]]:
-    group = SimpleNamespace(rank_in_group=0, world_size=1, cpu_group=None)
-    monkeypatch.setattr(module, "get_pp_group", lambda: group)
-    monkeypatch.setattr(module, "get_tp_group", lambda: group)
-    monkeypatch.setattr(provenance, "patch_id", lambda: "0123abcd")
-
-    def arm(**switches: Any) -> tuple[FakeRunner, Path]:
-        runner, path = FakeRunner(), tmp_path / "x.jsonl"
-        runner.moe_routes = Recorder(RouteLogConfig(path, **switches), runner)
-        return runner, path
-
-    return arm
+def arm(
+    tmp_path: Path, give_recorder: Callable[..., FakeRunner]
+) -> Callable[..., tuple[FakeRunner, Path]]:
+    path = tmp_path / "x.jsonl"
+    return lambda **switches: (give_recorder(FakeRunner(), RouteLogConfig(path, **switches)), path)
 
 
 Arm = Callable[..., tuple[FakeRunner, Path]]
@@ -274,7 +265,7 @@ def test_every_request_is_chosen_by_its_id_alone() -> None:
 @given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=12), n=st.integers(1, 4))
 def test_the_rows_of_a_sample_are_those_of_its_requests(counts: list[int], n: int) -> None:
     ids = [f"{i}-{i:08x}" for i in range(len(counts))]
-    kept = Sample(n).rows(ids, np.array(counts, dtype=np.int32))
+    kept = RequestSample(n).rows(ids, np.array(counts, dtype=np.int32))
     owner = [i for i, count in enumerate(counts) for _ in range(count)]
     wanted = [i for i in range(len(counts)) if chosen(str(i), n)]
     assert kept.requests == wanted
@@ -282,7 +273,7 @@ def test_the_rows_of_a_sample_are_those_of_its_requests(counts: list[int], n: in
 
 
 def test_a_sample_forgets_requests_that_are_over() -> None:
-    sample = Sample(2)
+    sample = RequestSample(2)
     sample.rows(["a-00000000", "b-00000000"], np.array([1, 1]))
     sample.forget(["a-00000000", "stranger"])
     assert list(sample._chosen) == ["b-00000000"]
@@ -372,10 +363,10 @@ def test_a_parquet_log_is_as_private(tmp_path: Path, private: bool, folder: int,
     old = os.umask(0o022)
     try:
         path = tmp_path / "x.parquet"
-        session = Session(path, HEADER, LAYERS, 255, "float32", private)
+        log = TokenLog(path, HEADER, LAYERS, 255, "float32", private)
         for step in _steps([3]):
-            session.consume(step)
-        session.close("stop")
+            log.consume(step)
+        log.close("stop")
         assert path.stat().st_mode & 0o777 == folder
         assert {part.stat().st_mode & 0o777 for part in path.iterdir()} == {file}
     finally:

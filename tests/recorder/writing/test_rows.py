@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.moe_routes.writing.rows import Flag, Request, RequestBook, Step, StopRule, external_id
+from vllm.moe_routes.schema import Flag
+from vllm.moe_routes.writing.rows import Request, RequestBook, Step, StopRule, external_id
 
 from tests.support.build import QUICK, THOROUGH, a_step
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.writing.rows import Step, StopRule
-from vllm.moe_routes.writing.token_log import Session
+from vllm.moe_routes.writing.token_log import TokenLog
 
 from tests.support.build import QUICK, a_layer, a_pending, a_step, clean_routes, read_lines
 
@@ -21,8 +21,8 @@ LAYERS = [a_layer(1), a_layer(3)]
 HEADER = {"type": "meta", "model_id": "m", "top_k": 2}
 
 
-def _session(path: Path) -> Session:
-    return Session(path, HEADER, LAYERS, 255)
+def _open(path: Path) -> TokenLog:
+    return TokenLog(path, HEADER, LAYERS, 255)
 
 
 def _pass(
@@ -51,16 +51,16 @@ def _of_type(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def test_the_header_is_in_the_file_before_the_first_pass(log: Path) -> None:
-    session = _session(log)  # kept: closing the file would write what waits in it
+    opened = _open(log)  # kept: closing the file would write what waits in it
     (header,) = read_lines(log)
-    assert session.passes == 0
+    assert sum(opened.counts.passes) == 0
     assert list(header) == ["type", "model_id", "top_k", "weights_dtype", "start_time"]
     assert {key: header[key] for key in HEADER} == HEADER
     assert datetime.fromisoformat(header["start_time"]).utcoffset() == timedelta(0)
 
 
 def test_a_recording_without_a_pass_is_a_header_and_an_end(log: Path) -> None:
-    _session(log).close("stop")
+    _open(log).close("stop")
     header, end = read_lines(log)
     assert (header["type"], end["type"]) == ("meta", "end")
     assert [end[key] for key in ("rows", "rows_flagged", "passes", "requests")] == [0, 0, 0, 0]
@@ -68,9 +68,9 @@ def test_a_recording_without_a_pass_is_a_header_and_an_end(log: Path) -> None:
 
 
 def test_the_end_record_has_the_documented_keys(log: Path) -> None:
-    session = _session(log)
-    session.consume(_pass(("a-00000000", 0, 3, 3)))
-    session.close("shutdown")
+    opened = _open(log)
+    opened.consume(_pass(("a-00000000", 0, 3, 3)))
+    opened.close("shutdown")
     end = read_lines(log)[-1]
     wanted = ["type", "reason", "rows", "rows_flagged", "passes", "requests", "bytes", "drops"]
     assert [key for key in end if key in wanted] == wanted
@@ -87,12 +87,12 @@ def test_the_figures_of_the_end_record_are_those_of_the_file(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int]
 ) -> None:
     log = tmp_path_factory.mktemp("log") / "x.jsonl"
-    session = _session(log)
+    opened = _open(log)
     for i, n in enumerate(sizes):
         done = [f"{i - 1}-{i - 1:08x}"] if i else []
         rows = [(f"{i}-{i:08x}", 0, n, n), ("both-ffffffff", i, 1, 2)]
-        session.consume(_pass(*rows, seed=i, forward_pass_id=i, finished=done))
-    session.close("stop")
+        opened.consume(_pass(*rows, seed=i, forward_pass_id=i, finished=done))
+    opened.close("stop")
     lines = read_lines(log)
     end = lines[-1]
     assert [line["type"] for line in lines].index("end") == len(lines) - 1
@@ -105,12 +105,12 @@ def test_the_figures_of_the_end_record_are_those_of_the_file(
 
 
 def test_flagged_rows_are_in_the_file_and_in_the_figures(log: Path) -> None:
-    session = _session(log)
+    opened = _open(log)
     rule = {"a-00000000": StopRule(frozenset({9}), 0)}
-    session.consume(_pass(("a-00000000", 0, 3, 3), tokens=[1, 2, 3], new=rule))
-    session.consume(_pass(("a-00000000", 0, 3, 3), tokens=[1, 2, 3], new={}))
-    session.consume(_pass(("a-00000000", 3, 1, 3), tokens=[9], new={}))
-    session.close("stop")
+    opened.consume(_pass(("a-00000000", 0, 3, 3), tokens=[1, 2, 3], new=rule))
+    opened.consume(_pass(("a-00000000", 0, 3, 3), tokens=[1, 2, 3], new={}))
+    opened.consume(_pass(("a-00000000", 3, 1, 3), tokens=[9], new={}))
+    opened.close("stop")
     lines = read_lines(log)
     flags = [line.get("flag") for line in _of_type(lines, "route") if line["layer"] == 3]
     assert flags == [None] * 3 + ["recomputed"] * 3 + ["overrun"]
@@ -124,10 +124,10 @@ def test_flagged_rows_are_in_the_file_and_in_the_figures(log: Path) -> None:
 
 
 def test_a_request_is_summed_up_when_it_ends_before_the_rows_of_the_next_pass(log: Path) -> None:
-    session = _session(log)
-    session.consume(_pass(("7-0000000a", 0, 3, 3)))
-    session.consume(_pass(("8-0000000b", 0, 1, 1), finished=["7-0000000a"], forward_pass_id=1))
-    session.flush()
+    opened = _open(log)
+    opened.consume(_pass(("7-0000000a", 0, 3, 3)))
+    opened.consume(_pass(("8-0000000b", 0, 1, 1), finished=["7-0000000a"], forward_pass_id=1))
+    opened.flush()
     lines = read_lines(log)
     assert [line["type"] for line in lines] == ["meta"] + ["route"] * 6 + ["request"] + [
         "route"
@@ -147,29 +147,29 @@ def test_a_request_is_summed_up_when_it_ends_before_the_rows_of_the_next_pass(lo
 
 
 def test_a_request_still_running_at_the_end_is_summed_up_and_says_so(log: Path) -> None:
-    session = _session(log)
-    session.consume(_pass(("7-0000000a", 0, 3, 5)))
-    session.close("stop")
+    opened = _open(log)
+    opened.consume(_pass(("7-0000000a", 0, 3, 5)))
+    opened.close("stop")
     *_, request, end = read_lines(log)
     assert (request["type"], request["finished"], request["positions"]) == ("request", False, 3)
     assert end["requests"] == 1
 
 
 def test_a_step_without_a_pass_only_ends_requests(log: Path) -> None:
-    session = _session(log)
-    session.consume(_pass(("7-0000000a", 0, 3, 3)))
-    session.consume(a_step(finished=["7-0000000a"], forward_pass_id=-1))
-    session.close("stop")
+    opened = _open(log)
+    opened.consume(_pass(("7-0000000a", 0, 3, 3)))
+    opened.consume(a_step(finished=["7-0000000a"], forward_pass_id=-1))
+    opened.close("stop")
     lines = read_lines(log)
     assert [line["finished"] for line in _of_type(lines, "request")] == [True]
     assert lines[-1]["passes"] == 1
 
 
 def test_cached_and_missed_tokens_reach_request_and_end(log: Path) -> None:
-    session = _session(log)
+    opened = _open(log)
     rows = [("new-00000001", 4, 1, 5), ("old-00000002", 7, 1, 3)]
-    session.consume(_pass(*rows, new={"new-00000001": None}))
-    session.close("stop")
+    opened.consume(_pass(*rows, new={"new-00000001": None}))
+    opened.close("stop")
     lines = read_lines(log)
     told = {
         r["req_id"]: (r["cached_tokens"], r["missed_tokens"]) for r in _of_type(lines, "request")
@@ -182,10 +182,10 @@ def test_cached_and_missed_tokens_reach_request_and_end(log: Path) -> None:
 
 
 def test_a_dropped_pass_is_counted_row_by_row_and_fails_the_verdict(log: Path) -> None:
-    session = _session(log)
-    session.consume(a_step([("a-00000000", 0, 3, 3)]))
-    session.consume(_pass(("a-00000000", 3, 1, 3), new={}, forward_pass_id=1))
-    session.close("stop")
+    opened = _open(log)
+    opened.consume(a_step([("a-00000000", 0, 3, 3)]))
+    opened.consume(_pass(("a-00000000", 3, 1, 3), new={}, forward_pass_id=1))
+    opened.close("stop")
     lines = read_lines(log)
     end = lines[-1]
     assert end["drops"]["queue_full"] == 3 * len(LAYERS)
@@ -197,10 +197,10 @@ def test_a_dropped_pass_is_counted_row_by_row_and_fails_the_verdict(log: Path) -
 def test_positions_of_a_request_are_its_unflagged_rows_in_the_file_even_after_a_drop(
     log: Path,
 ) -> None:
-    session = _session(log)
-    session.consume(a_step([("a-00000000", 0, 3, 3)]))
-    session.consume(_pass(("a-00000000", 3, 1, 3), new={}, forward_pass_id=1))
-    session.close("stop")
+    opened = _open(log)
+    opened.consume(a_step([("a-00000000", 0, 3, 3)]))
+    opened.consume(_pass(("a-00000000", 3, 1, 3), new={}, forward_pass_id=1))
+    opened.close("stop")
     lines = read_lines(log)
     rows = [line for line in _of_type(lines, "route") if line["layer"] == 1]
     (request,) = _of_type(lines, "request")
@@ -208,11 +208,11 @@ def test_positions_of_a_request_are_its_unflagged_rows_in_the_file_even_after_a_
 
 
 def test_a_layer_that_did_not_fire_is_left_out_counted_and_named(log: Path) -> None:
-    session = _session(log)
+    opened = _open(log)
     routes = clean_routes(LAYERS, 2)
     routes.topk_ids[:, 1] = 255
-    session.consume(a_step([("a-00000000", 0, 2, 2)], pending=a_pending(routes)))
-    session.close("stop")
+    opened.consume(a_step([("a-00000000", 0, 2, 2)], pending=a_pending(routes)))
+    opened.close("stop")
     lines = read_lines(log)
     assert [line["layer"] for line in _of_type(lines, "route")] == [1, 1]
     assert lines[-1]["rows"] == 2
@@ -222,24 +222,24 @@ def test_a_layer_that_did_not_fire_is_left_out_counted_and_named(log: Path) -> N
 
 
 def test_steps_that_come_too_late_are_counted(log: Path) -> None:
-    session = _session(log)
-    session.lose(_pass(("a-00000000", 0, 3, 3)))
-    session.lose(a_step(finished=["a-00000000"]))
-    assert session.end_record("stop")["drops"]["write_error"] == 3 * len(LAYERS)
+    opened = _open(log)
+    opened.lose(_pass(("a-00000000", 0, 3, 3)))
+    opened.lose(a_step(finished=["a-00000000"]))
+    assert opened.totals()["drops"]["write_error"] == 3 * len(LAYERS)
 
 
 def test_giving_up_keeps_what_was_written_and_writes_no_end(log: Path) -> None:
-    session = _session(log)
-    session.consume(_pass(("a-00000000", 0, 3, 3)))
-    session.abandon()
+    opened = _open(log)
+    opened.consume(_pass(("a-00000000", 0, 3, 3)))
+    opened.abandon()
     lines = read_lines(log)
     assert [line["type"] for line in lines] == ["meta"] + ["route"] * 6
 
 
 def test_rows_are_readable_after_a_flush(log: Path) -> None:
-    session = _session(log)
-    session.consume(_pass(("a-00000000", 0, 3, 3)))
-    session.flush()
+    opened = _open(log)
+    opened.consume(_pass(("a-00000000", 0, 3, 3)))
+    opened.flush()
     assert len(_of_type(read_lines(log), "route")) == 6
 
 
@@ -248,7 +248,7 @@ def test_rows_are_readable_after_a_flush(log: Path) -> None:
 
 def _refused(path: Path) -> str:
     with pytest.raises(RouteLogError) as caught:
-        _session(path)
+        _open(path)
     message = str(caught.value)
     assert str(path) in message
     assert "VLLM_LOG_MOE" in message
@@ -292,10 +292,10 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 
 def test_a_header_that_cannot_be_encoded_leaves_no_file(log: Path) -> None:
     with pytest.raises(TypeError):
-        Session(log, {"type": "meta", "what": object()}, LAYERS, 255)
+        TokenLog(log, {"type": "meta", "what": object()}, LAYERS, 255)
     assert not log.exists()
 
 
 def test_a_child_process_does_not_inherit_the_file(log: Path) -> None:
-    session = _session(log)
-    assert not os.get_inheritable(session._file._file.fileno())
+    opened = _open(log)
+    assert not os.get_inheritable(opened._file._file.fileno())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choices of an eager pass on the host: kept as the router returned them.
+"""Choices of an eager pass on the host: references to what the routers returned.
 
 A copy of a few hundred bytes costs its call, not its bytes. So the hook keeps references, to
 tensors that a router makes afresh for every call and nobody writes to, and the pass's end hands
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from vllm.moe_routes.capture.buffer import CaptureBuffer
 from vllm.moe_routes.capture.snapshot import Routes
-from vllm.moe_routes.counts import FORWARD_MODES, Counts, Lost, PassTokens, Shape, count_choices
+from vllm.moe_routes.counts import Counts, Lost, PassTokens, Shape, count_choices
 
 #: A layer's slot, and the first row of the pass that a call of its router was for.
 Place = tuple[int, int]
-#: What the calls returned: ids and weights, each [n, >= top_k]. A dictionary, so that passes nobody
-#: takes, as idle ranks run, don't pile up.
-Kept = dict[Place, tuple[Tensor, Tensor]]
+#: What the calls of one pass returned, in the order in which the layers fired: ids and weights,
+#: each [n, >= top_k]. A dictionary, so that passes nobody takes, as idle ranks run, don't pile up.
+References = dict[Place, tuple[Tensor, Tensor]]
 
 #: What a tensor takes beside its numbers, in bytes; charged to the queue.
 TENSOR_BYTES = 512
@@ -30,18 +30,20 @@ TENSOR_BYTES = 512
 WAITING_BYTES = 1 << 20
 
 
-class Frame(NamedTuple):
-    """What the tensors of one pass are put together to: [num_rows, L, K].
+class Target(NamedTuple):
+    """Target shape for assembling one pass's tensors: [num_rows, L, K].
 
     Attributes:
         slots: [L] of the recorded layers, ascending.
         top_k: K.
         num_rows: rows of the pass.
+        not_an_id: stands for an id where nothing was chosen.
     """
 
     slots: Sequence[int]
     top_k: int
     num_rows: int
+    not_an_id: int
 
     def is_whole(self, ids: Mapping[Place, Tensor]) -> bool:
         """Whether every layer was called once for all rows, as nearly always."""
@@ -51,19 +53,23 @@ class Frame(NamedTuple):
         n, k = next(iter(shapes))
         return bool(n >= self.num_rows and k == self.top_k)
 
-    def stack(self, given: Mapping[Place, Tensor]) -> npt.NDArray[Any]:
-        """The tensors of a whole pass, [>= num_rows, L, K], in memory layer by layer.
+    def assemble(
+        self, given: Mapping[Place, Tensor], missing: float, whole: bool
+    ) -> npt.NDArray[Any]:
+        """The tensors in their places, with ``missing`` where nothing was chosen.
 
-        One call for all of them: each tensor's way to numpy takes longer than its numbers.
+        Args:
+            given: [n, >= top_k] each.
+            missing: a float for weights.
+            whole: see :meth:`is_whole`; then the result lies in memory layer by layer.
         """
-        stacked = torch.cat(tuple(given.values())).view(len(given), -1, self.top_k)
-        if stacked.is_floating_point():
-            stacked = stacked.float()
-        by_row: npt.NDArray[Any] = stacked.numpy().transpose(1, 0, 2)
-        return by_row
-
-    def pieces(self, given: Mapping[Place, Tensor], missing: float) -> npt.NDArray[Any]:
-        """The tensors in their places, with ``missing`` where nothing was chosen."""
+        if whole:
+            # One call for all of them: each tensor's way to numpy takes longer than its numbers.
+            stacked = torch.cat(tuple(given.values())).view(len(given), -1, self.top_k)
+            if stacked.is_floating_point():
+                stacked = stacked.float()
+            by_row: npt.NDArray[Any] = stacked.numpy().transpose(1, 0, 2)[: self.num_rows]
+            return by_row
         shape = (self.num_rows, len(self.slots), self.top_k)
         kind = np.float32 if isinstance(missing, float) else np.int64
         joined = np.full(shape, missing, dtype=kind)
@@ -76,119 +82,107 @@ class Frame(NamedTuple):
         return joined
 
 
-class KeptRoutes(NamedTuple):
+class PendingRoutes(NamedTuple):
     """A ``snapshot.Pending`` of one pass.
 
     Attributes:
-        kept: in the order in which the layers fired.
-        frame: what they are put together to.
-        not_an_id: stands for an id where nothing was chosen.
+        references: of the pass.
+        target: what they are assembled to.
         rows: [m] int64, the rows to take; None: all.
         token_ids: [m] input token of every row, or None.
         nbytes: of the choices, and of the tensors that hold them.
     """
 
-    kept: Kept
-    frame: Frame
-    not_an_id: int
+    references: References
+    target: Target
     rows: npt.NDArray[Any] | None
     token_ids: npt.NDArray[Any] | None
     nbytes: int
 
     def resolve(self) -> Routes:
-        ids = {place: ids for place, (ids, _) in self.kept.items()}
-        weights = {place: weights for place, (_, weights) in self.kept.items()}
-        whole = self.frame.is_whole(ids)
-        return Routes(
-            # The ids keep the router's dtype, so that none wraps around.
-            self._join(ids, self.not_an_id, whole),
-            self._join(weights, 0.0, whole),
-            self.token_ids,
-        )
-
-    def _join(self, given: Mapping[Place, Tensor], missing: float, whole: bool) -> npt.NDArray[Any]:
-        rows = slice(self.frame.num_rows) if self.rows is None else self.rows
-        # In memory layer by layer, where it is whole.
-        joined = self.frame.stack(given) if whole else self.frame.pieces(given, missing)
-        by_row: npt.NDArray[Any] = joined[rows]
-        return by_row
+        ids = {place: ids for place, (ids, _) in self.references.items()}
+        weights = {place: weights for place, (_, weights) in self.references.items()}
+        whole = self.target.is_whole(ids)
+        # The ids keep the router's dtype, so that none wraps around.
+        topk_ids = self.target.assemble(ids, self.target.not_an_id, whole)
+        topk_weights = self.target.assemble(weights, 0.0, whole)
+        if self.rows is not None:
+            topk_ids, topk_weights = topk_ids[self.rows], topk_weights[self.rows]
+        return Routes(topk_ids, topk_weights, self.token_ids)
 
 
-class KeptCounts(NamedTuple):
+class PendingCounts(NamedTuple):
     """A ``snapshot.Pending`` of one pass's counts, without the weights, which nobody needs then.
 
     Attributes:
-        ids: in the order in which the layers fired.
-        frame: what they belong to.
-        not_an_id: stands for an id where nothing was chosen.
+        ids: of the pass.
+        target: what they are assembled to.
         shape: what to count over.
         nbytes: of the ids, and of the tensors that hold them.
     """
 
     ids: dict[Place, Tensor]
-    frame: Frame
-    not_an_id: int
+    target: Target
     shape: Shape
     nbytes: int
 
     def choices(self) -> npt.NDArray[Any]:
         """[num_rows, L, K] ids."""
-        if self.frame.is_whole(self.ids):
-            return self.frame.stack(self.ids)[: self.frame.num_rows]
-        return self.frame.pieces(self.ids, self.not_an_id)
+        target = self.target
+        return target.assemble(self.ids, target.not_an_id, target.is_whole(self.ids))
 
     def resolve(self) -> Counts:
         return count_choices(self.choices(), self.shape)
 
 
-class KeptChoices:
-    """A ``choices.Choices`` of what the hooks keep.
+class ReferenceChoices:
+    """A ``choices.Choices`` of what the hooks keep references to.
 
     Args:
-        kept: where they keep it.
+        references: where they keep them.
         slots: of the recorded layers.
         shape: what to count over.
         buffer: gives K and ``not_an_id``; nothing is read from it.
     """
 
     def __init__(
-        self, kept: Kept, slots: Sequence[int], shape: Shape, buffer: CaptureBuffer
+        self, references: References, slots: Sequence[int], shape: Shape, buffer: CaptureBuffer
     ) -> None:
-        self._kept = kept
-        self._slots = list(slots)
+        self._references = references
         self._shape = shape
+        self._slots = list(slots)
         self._top_k = buffer.ids.shape[2]
         self._not_an_id = buffer.not_an_id
 
     def begin(self, num_rows: int) -> None:
-        self._kept.clear()  # of a pass that nobody takes
+        self._references.clear()  # of a pass that nobody takes
 
     def routes(
         self, num_rows: int, token_ids: Tensor | None, rows: npt.NDArray[Any] | None = None
-    ) -> KeptRoutes:
-        kept = self._kept.copy()
-        self._kept.clear()
+    ) -> PendingRoutes:
+        taken = self._references.copy()
+        self._references.clear()
         tokens = None
         if token_ids is not None:
             tokens = token_ids[:num_rows].numpy()[slice(None) if rows is None else rows].copy()
-        size = sum(ids.nbytes + given.nbytes + 2 * TENSOR_BYTES for ids, given in kept.values())
-        return KeptRoutes(kept, self._frame(num_rows), self._not_an_id, rows, tokens, size)
+        size = sum(ids.nbytes + given.nbytes + 2 * TENSOR_BYTES for ids, given in taken.values())
+        return PendingRoutes(taken, self._target(num_rows), rows, tokens, size)
 
-    def counts(self, num_rows: int) -> KeptCounts:
-        kept = {place: ids for place, (ids, _) in self._kept.items()}
-        self._kept.clear()
-        size = sum(ids.nbytes + TENSOR_BYTES for ids in kept.values())
-        return KeptCounts(kept, self._frame(num_rows), self._not_an_id, self._shape, size)
+    def counts(self, num_rows: int) -> PendingCounts:
+        taken = {place: ids for place, (ids, _) in self._references.items()}
+        self._references.clear()
+        size = sum(ids.nbytes + TENSOR_BYTES for ids in taken.values())
+        return PendingCounts(taken, self._target(num_rows), self._shape, size)
 
-    def _frame(self, num_rows: int) -> Frame:
-        return Frame(self._slots, self._top_k, num_rows)
+    def _target(self, num_rows: int) -> Target:
+        return Target(self._slots, self._top_k, num_rows, self._not_an_id)
 
-    def totals(self, lost: Lost) -> "KeptTotals":
-        return KeptTotals(self, self._shape, lost)
+    def accumulator(self, lost: Lost) -> "ReferenceAccumulator":
+        return ReferenceAccumulator(self, self._shape, lost)
 
 
-class KeptTotals:
-    """A ``choices.Totals`` that counts some passes at a time.
+class ReferenceAccumulator:
+    """A ``choices.Accumulator`` that counts some passes at a time.
 
     Args:
         choices: of the passes.
@@ -196,13 +190,12 @@ class KeptTotals:
         lost: told of passes that can't be counted.
     """
 
-    def __init__(self, choices: KeptChoices, shape: Shape, lost: Lost) -> None:
+    def __init__(self, choices: ReferenceChoices, shape: Shape, lost: Lost) -> None:
         self._choices = choices
         self._shape = shape
-        size = (len(FORWARD_MODES), len(shape.layers), shape.width)
-        self._counts = np.zeros(size, dtype=np.int64)
+        self._counts = shape.zeros()
         self._lost = lost
-        self._waiting: list[tuple[PassTokens, KeptCounts]] = []
+        self._waiting: list[tuple[PassTokens, PendingCounts]] = []
         self._bytes = 0
 
     def add(self, tokens: PassTokens) -> None:

@@ -74,18 +74,11 @@ class HostSnapshotter:
         return _HostPending(tensor.numpy(), tensor.nbytes)
 
 
-class StreamApi(Protocol):
-    """The part of ``torch.cuda`` that ordering depends on; tests put a fake in its place."""
+class CudaStreams:
+    """The part of ``torch.cuda`` that ordering depends on; tests put a fake in its place.
 
-    def current_stream(self) -> Any: ...
-    def new_stream(self) -> Any: ...
-    def new_event(self) -> Any: ...
-    def use(self, stream: Any) -> AbstractContextManager[Any]: ...
-    def pinned_like(self, tensor: Tensor) -> Tensor: ...
-
-
-class CudaStreamApi:
-    """``torch.cuda``. Pinned blocks come from torch's caching host allocator."""
+    Pinned blocks come from torch's caching host allocator.
+    """
 
     def current_stream(self) -> Any:
         return torch.cuda.current_stream()
@@ -137,7 +130,7 @@ def _only(array: Any) -> Any:
 class StreamSnapshotter:
     """For a buffer in device memory: clone on the compute stream, copy to the host aside."""
 
-    def __init__(self, api: StreamApi) -> None:
+    def __init__(self, api: CudaStreams) -> None:
         self._api = api
         self._side = api.new_stream()
 
@@ -165,5 +158,5 @@ class StreamSnapshotter:
 #: Device type -> how to snapshot there. A type that is missing is refused at start.
 SNAPSHOTTERS: dict[str, Callable[[], Snapshotter]] = {
     "cpu": HostSnapshotter,
-    "cuda": lambda: StreamSnapshotter(CudaStreamApi()),
+    "cuda": lambda: StreamSnapshotter(CudaStreams()),
 }

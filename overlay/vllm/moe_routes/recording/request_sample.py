@@ -13,7 +13,7 @@ from vllm.moe_routes.writing.rows import external_id
 RULE = "blake2b-64(req_id) % n == 0"
 
 
-class Kept(NamedTuple):
+class SampledRows(NamedTuple):
     """What of a pass is recorded.
 
     Attributes:
@@ -36,7 +36,7 @@ def chosen(req_id: str, one_in: int) -> bool:
     return int.from_bytes(digest, "big") % one_in == 0
 
 
-class Sample:
+class RequestSample:
     """Which requests of every batch are recorded.
 
     Args:
@@ -52,7 +52,7 @@ class Sample:
         for raw_id in raw_ids:
             self._chosen.pop(raw_id, None)
 
-    def rows(self, raw_ids: Sequence[str], num_scheduled_tokens: npt.NDArray[Any]) -> Kept:
+    def rows(self, raw_ids: Sequence[str], num_scheduled_tokens: npt.NDArray[Any]) -> SampledRows:
         """The sampled requests of a batch and their rows.
 
         Args:
@@ -62,7 +62,7 @@ class Sample:
         requests = [i for i, raw_id in enumerate(raw_ids) if self._has(raw_id)]
         ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
         rows = [np.arange(ends[i] - num_scheduled_tokens[i], ends[i]) for i in requests]
-        return Kept(requests, np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
+        return SampledRows(requests, np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64))
 
     def _has(self, raw_id: str) -> bool:
         known = self._chosen.get(raw_id)

@@ -6,85 +6,70 @@ that is followed by another has ``"reason":"rotate"`` and names it in ``next``. 
 thread.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes.counts import Tally
 from vllm.moe_routes.errors import ConflictError
+from vllm.moe_routes.schema import Record
+from vllm.moe_routes.writing.open_log import OpenLog
 from vllm.moe_routes.writing.rows import Step
+from vllm.moe_routes.writing.verdicts import Verdict, merged
 
 
-class Part(Protocol):
-    """One file: ``session.Session`` or ``passes.PassLog``."""
-
-    path: Path
-    lock: threading.Lock
-    tally: Tally
-    passes_unfinished: int
-    end: dict[str, Any] | None
-
-    def follow(self, before: Any) -> None: ...
-    def fits(self, step: Step, limit: int) -> bool: ...
-    def consume(self, step: Step) -> None: ...
-    def lose(self, step: Step) -> None: ...
-    def flush(self) -> None: ...
-    def close(self, reason: str, **facts: Any) -> None: ...
-    def abandon(self) -> None: ...
-    def discard(self) -> None: ...
-    def totals(self) -> dict[str, Any]: ...
-    def verdict(self) -> dict[str, Any]: ...
-
-
-class Chain:
-    """A ``writer.Sink`` over one file after another.
+class RotatingLog:
+    """A ``writer.Sink`` over one log after another.
 
     Args:
-        make: creates the file at a path; the second argument goes into its header.
-        path: the first file.
+        make: creates the log at a path; the second argument goes into its header.
+        path: the first log.
         max_bytes: no file grows past it, but where a single pass does; None: no bound.
         rotate: go on in a next file there; else the recording ends.
-        num_layers: rows a token stands for.
     """
 
     def __init__(
         self,
-        make: Callable[[Path, dict[str, Any]], Part],
+        make: Callable[[Path, Record], OpenLog],
         path: Path,
         max_bytes: int | None,
         rotate: bool,
-        num_layers: int,
     ) -> None:
         self.path = path
-        #: The files so far, in order.
-        self.files = [path]
         self._make = make
         self._max_bytes = max_bytes
         self._rotate = rotate
-        self._num_layers = num_layers
-        self._before: list[Part] = []
-        self.current = make(path, {})
+        #: The logs so far, in order; the last one is open.
+        self._logs = [make(path, {})]
         self.lock = self.current.lock
         #: Whether the recording ended by itself, at its bound.
         self.over = False
         self._rows_past_end = 0
+
+    @property
+    def current(self) -> OpenLog:
+        """The log that is being written."""
+        return self._logs[-1]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files so far, in order."""
+        return [log.path for log in self._logs]
 
     def consume(self, step: Step) -> None:
         """Write one step, if it has its place."""
         if not self.over and self._max_bytes is not None:
             self._make_room(step, self._max_bytes)
         if self.over:
-            self._rows_past_end += self._rows_of(step)
+            self._rows_past_end += self.current.rows_of(step)
         else:
             self.current.consume(step)
 
     def lose(self, step: Step) -> None:
         """Account for a step that can't be written any more."""
         if self.over:
-            self._rows_past_end += self._rows_of(step)
+            self._rows_past_end += self.current.rows_of(step)
         else:
             self.current.lose(step)
 
@@ -106,43 +91,34 @@ class Chain:
     @property
     def passes_unfinished(self) -> int:
         """Forward passes that began and never ended."""
-        return sum(part.passes_unfinished for part in [*self._before, self.current])
+        return sum(log.passes_unfinished for log in self._logs)
 
     @passes_unfinished.setter
     def passes_unfinished(self, total: int) -> None:
-        before = sum(part.passes_unfinished for part in self._before)
-        self.current.passes_unfinished = total - before
+        self.current.passes_unfinished += total - self.passes_unfinished
 
     @property
-    def end(self) -> dict[str, Any] | None:
-        """The last file's end record with the figures of all files, once it is written."""
-        if self.current.end is None or not self._before:
+    def end(self) -> Record | None:
+        """The last file's end record with the counters of all files, once it is made."""
+        if self.current.end is None or len(self._logs) == 1:
             return self.current.end
         return {**self.current.end, **self.totals(), "self_check": self.verdict()}
 
     def counts(self) -> npt.NDArray[np.int64]:
         """[3, L, width] of all files."""
-        counts = self.current.tally.counts.copy()
-        for part in self._before:
-            counts += part.tally.counts
+        counts = self.current.counts.counts.copy()
+        for log in self._logs[:-1]:
+            counts += log.counts.counts
         return counts
 
     def totals(self) -> dict[str, Any]:
         """The counters as they stand, of all files; may be read from any thread."""
-        totals = _sum([part.totals() for part in [*self._before, self.current]])
+        totals = _sum([log.totals() for log in self._logs])
         return {**totals, "rows_past_end": self._rows_past_end}
 
-    def verdict(self) -> dict[str, Any]:
-        """The self-check as it stands: of every check, what the first file says that failed it."""
-        verdicts = [part.verdict() for part in [*self._before, self.current]]
-        if len(verdicts) == 1:
-            return verdicts[0]
-        checks = [
-            next((check for check in same if check["verdict"] == "fail"), same[-1])
-            for same in zip(*(verdict["checks"] for verdict in verdicts), strict=True)
-        ]
-        failed = any(verdict["verdict"] == "fail" for verdict in verdicts)
-        return {"verdict": "fail" if failed else "pass", "checks": checks}
+    def verdict(self) -> Verdict:
+        """The self-check as it stands, of all files."""
+        return merged([log.verdict() for log in self._logs])
 
     def _make_room(self, step: Step, limit: int) -> None:
         if not step.req_ids or self.current.fits(step, limit):
@@ -162,13 +138,11 @@ class Chain:
             raise
         with self.lock:
             fresh.follow(self.current)
-            self._before.append(self.current)
-            self.current = fresh
-            self.files.append(fresh.path)
+            self._logs.append(fresh)
 
-    def _create_next(self) -> Part:
+    def _create_next(self) -> OpenLog:
         """``x.jsonl`` is followed by ``x.2.jsonl``, or the first such name that is free."""
-        number = len(self.files) + 1
+        number = len(self._logs) + 1
         facts = {"part": number, "follows": self.current.path.name}
         for suffix in range(number, number + 1000):
             path = self.path.with_name(f"{self.path.stem}.{suffix}{self.path.suffix}")
@@ -178,14 +152,9 @@ class Chain:
                 continue
         raise ConflictError(f"route log {path} and many before it exist; move them away")
 
-    def _rows_of(self, step: Step) -> int:
-        return int(step.num_scheduled_tokens.sum()) * self._num_layers
-
 
 def _sum(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Numbers added up, name by name and within dictionaries."""
-    if len(items) == 1:
-        return items[0]
     return {
         name: _sum([item[name] for item in items])
         if isinstance(value, dict)

@@ -8,25 +8,14 @@ works it out on the writer thread, step by step and in order.
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.capture.pass_timer import Elapsed, not_timed
 from vllm.moe_routes.capture.snapshot import Pending
-
-
-class Flag(IntEnum):
-    """Why a row is not part of its request's sequence, or not for the first time."""
-
-    NONE = 0
-    #: The position was executed before: preemption threw its KV cache away.
-    RECOMPUTED = 1
-    #: Executed after the request had stopped: asynchronous scheduling runs one step ahead.
-    OVERRUN = 2
-    #: A draft token that the model did not confirm: another token took its position.
-    REJECTED = 3
+from vllm.moe_routes.schema import REQUEST, REQUEST_KEYS, Flag, Record
 
 
 class StopRule(NamedTuple):
@@ -65,10 +54,10 @@ class Step(NamedTuple):
     num_scheduled_tokens: npt.NDArray[Any]
     num_computed_tokens: npt.NDArray[Any]
     num_prompt_tokens: npt.NDArray[Any]
-    new_requests: Collection[str]
-    stop_rules: Mapping[str, StopRule]
-    finished: Sequence[str]
-    pending: Pending | None
+    new_requests: Collection[str] = ()
+    stop_rules: Mapping[str, StopRule] = MappingProxyType({})
+    finished: Sequence[str] = ()
+    pending: Pending | None = None
     elapsed: Elapsed = not_timed
     skipped: int = 0
 
@@ -80,13 +69,31 @@ class RowTable(NamedTuple):
         req_ids: [n] ids as the user knows them.
         positions: [n] int64, absolute position in the sequence.
         is_decode: [n] bool, whether the row's token was generated (not part of the prompt).
-        flags: [n] uint8, a :class:`Flag`.
+        flags: [n] uint8, a :class:`schema.Flag`.
     """
 
     req_ids: list[str]
     positions: npt.NDArray[Any]
     is_decode: npt.NDArray[Any]
     flags: npt.NDArray[Any]
+
+
+class PassRoutes(NamedTuple):
+    """One pass as it is written, token by token and layer by layer.
+
+    Attributes:
+        forward_pass_id: the pass.
+        rows: request, position, phase and flag of the n tokens.
+        topk_ids: [n, L, K].
+        topk_weights: [n, L, K] float32.
+        good: [n, L] bool; rows that are not are left out.
+    """
+
+    forward_pass_id: int
+    rows: RowTable
+    topk_ids: npt.NDArray[Any]
+    topk_weights: npt.NDArray[Any]
+    good: npt.NDArray[Any]
 
 
 @dataclass
@@ -140,7 +147,7 @@ class Request:
             recorded: [m] bool, whether the rows get into the file.
 
         Returns:
-            [m] uint8, a :class:`Flag` each.
+            [m] uint8, a :class:`schema.Flag` each.
         """
         flags = np.zeros(len(positions), dtype=np.uint8)
         again = positions < self.next_position
@@ -172,7 +179,7 @@ class Request:
             recorded: whether the row gets into the file.
 
         Returns:
-            A :class:`Flag`.
+            A :class:`schema.Flag`.
         """
         again = position < self.next_position and position not in self.dropped
         flag = Flag.RECOMPUTED if again else Flag.NONE
@@ -195,34 +202,10 @@ class Request:
             self.rows_flagged += 1
         return flag
 
-    def as_dict(self) -> dict[str, Any]:
-        """What the log says of it."""
-        names = ("req_id", "raw_id", "num_prompt_tokens", "cached_tokens", "missed_tokens")
-        counts = ("positions", "rows_flagged", "rows_dropped")
-        return {name: getattr(self, name) for name in names + counts}
-
-
-def rejected(
-    positions: npt.NDArray[Any], num_draft_tokens: int, num_tokens: int
-) -> npt.NDArray[Any]:
-    """Which rows of one request's step ran on draft tokens that were rejected.
-
-    Only known after the step: when the request is scheduled again, or ends. The number of tokens
-    decides, not where the next step begins: a preempted request begins at 0 again. Nothing calls
-    this yet, see ``support``: it is the rule that recording speculative decoding has to follow.
-
-    Args:
-        positions: [m] consecutive positions; the last ``num_draft_tokens`` are draft tokens.
-        num_draft_tokens: drafts among them.
-        num_tokens: the request's prompt and output after the step. The last of them was sampled by
-            the step, so it is nobody's input yet.
-
-    Returns:
-        [m] bool.
-    """
-    is_draft = np.arange(len(positions)) >= len(positions) - num_draft_tokens
-    unconfirmed: npt.NDArray[Any] = is_draft & (positions >= num_tokens - 1)
-    return unconfirmed
+    def record(self, finished: bool) -> Record:
+        """What the log says of it; ``finished`` is false where the recording ended before it."""
+        known = {"type": REQUEST, **vars(self), "finished": finished}
+        return {key: known[key] for key in REQUEST_KEYS}
 
 
 def external_id(raw_id: str) -> str:

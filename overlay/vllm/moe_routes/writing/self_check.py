@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's own verdict: what must hold for every recorded row, checked on every recorded row."""
+"""What must hold for every recorded row, checked on every recorded row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from vllm.moe_routes.layers import MoELayer
+from vllm.moe_routes.writing.verdicts import Check, check_layers
 
 
 class SelfCheck:
-    """Counts violations while a recording is written; :meth:`verdict` sums them up.
+    """Counts violations while a recording is written; :meth:`checks` lists them.
 
     Args:
         layers: the recorded layers, in slot order.
@@ -100,32 +101,16 @@ class SelfCheck:
         """Rows left out because their layer did not fire or wrote ids that do not exist."""
         return int(self._missing.sum() + self._out_of_range.sum())
 
-    def verdict(self, passes_unfinished: int = 0) -> dict[str, Any]:
-        """The verdict, as it stands in the end record.
-
-        Args:
-            passes_unfinished: forward passes that began and never ended.
-        """
+    def checks(self) -> list[Check]:
+        """The checks, as they stand in a verdict."""
         lost = self._scheduled - self._written - self._dropped
-        checks = [
-            self._check("every layer fired in every pass", self._missing),
-            self._check("expert ids in range", self._out_of_range),
-            self._check("expert ids distinct within a row", self._repeated),
-            self._check("weights finite and not negative", self._bad_weight),
-            self._check("rows = scheduled tokens", np.abs(lost) + self._dropped),
+        return [
+            check_layers(name, bad, self._layers, self._scheduled, "{} rows")
+            for name, bad in (
+                ("every layer fired in every pass", self._missing),
+                ("expert ids in range", self._out_of_range),
+                ("expert ids distinct within a row", self._repeated),
+                ("weights finite and not negative", self._bad_weight),
+                ("rows = scheduled tokens", np.abs(lost) + self._dropped),
+            )
         ]
-        ended = "fail" if passes_unfinished else "pass"
-        detail = f"{passes_unfinished} passes began and raised an error"
-        checks.append({"name": "every pass that began ended", "verdict": ended, "detail": detail})
-        failed = any(item["verdict"] == "fail" for item in checks)
-        return {"verdict": "fail" if failed else "pass", "checks": checks}
-
-    def _check(self, name: str, bad: npt.NDArray[Any]) -> dict[str, str]:
-        where = np.flatnonzero(bad)
-        if where.size == 0:
-            detail = f"{self._scheduled} tokens x {len(self._layers)} layers"
-            return {"name": name, "verdict": "pass", "detail": detail}
-        layers = ",".join(str(self._layers[i].layer) for i in where[:8])
-        more = ",…" if where.size > 8 else ""
-        detail = f"{int(bad.sum())} rows, in layers {layers}{more}"
-        return {"name": name, "verdict": "fail", "detail": detail}

@@ -25,7 +25,7 @@ GATHER_SHARE = 8
 
 
 class Sink(Protocol):
-    """What the thread drives; see ``session.Session``."""
+    """What the thread drives: a ``RotatingLog``, or a single log."""
 
     path: Path
 

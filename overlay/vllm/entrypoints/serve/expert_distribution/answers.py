@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from vllm.entrypoints.serve.expert_distribution.names import relative
-from vllm.moe_routes.counts import FORWARD_MODES
+from vllm.moe_routes.schema import FORWARD_MODES
 
 Reply = dict[str, Any]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a Parquet route log. Needs pyarrow only, so that tools load it by its path.
+"""The files of a Parquet route log. Needs pyarrow and the schema, neither vLLM nor torch.
 
 A log is a directory of ``part-000000.parquet``, ``part-000001.parquet``, … and nothing else: some
 readers refuse a directory with any other file in it, whatever its name. What is no row stands in
@@ -16,16 +16,14 @@ A part is written beside the directory and renamed into it, so a part that exist
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-META, REQUESTS, END = b"moe_routes.meta", b"moe_routes.requests", b"moe_routes.end"
-PHASES = ("prefill", "decode")
-FLAGS = ("recomputed", "overrun", "rejected")
+# Relative: the analysis library loads this module where there is no package named vllm.
+from ...schema import FOOTER_END, FOOTER_META, FOOTER_REQUESTS, ROUTE_FIELDS, Record
 
 #: Columns of few distinct values, in runs or in a pattern that the compressor finds.
 _DICTIONARY = (
@@ -47,20 +45,17 @@ def schema(
     """
     size = -1 if top_k is None else top_k
     ids = pa.uint8() if num_experts <= 256 else pa.int16()
-    kinds = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
-    label = pa.dictionary(pa.int32(), pa.string())
-    return pa.schema(
-        [
-            ("req_id", label if req_id is None else req_id),
-            ("token_idx", pa.int32()),
-            ("layer", pa.int16()),
-            ("topk_ids", pa.list_(pa.field("element", ids), size)),
-            ("topk_weights", pa.list_(pa.field("element", kinds[weights]), size)),
-            ("phase", pa.dictionary(pa.int8(), pa.string())),
-            ("forward_pass_id", pa.int64()),
-            ("flag", pa.dictionary(pa.int8(), pa.string())),
-        ]
-    )
+    floats = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+    types = {
+        "string": pa.dictionary(pa.int32(), pa.string()) if req_id is None else req_id,
+        "int16": pa.int16(),
+        "int32": pa.int32(),
+        "int64": pa.int64(),
+        "ids": pa.list_(pa.field("element", ids), size),
+        "weights": pa.list_(pa.field("element", floats[weights]), size),
+        "label": pa.dictionary(pa.int8(), pa.string()),
+    }
+    return pa.schema([(field.name, types[field.kind]) for field in ROUTE_FIELDS])
 
 
 class PartWriter:
@@ -78,7 +73,7 @@ class PartWriter:
     """
 
     def __init__(
-        self, folder: Path, columns: pa.Schema, header: Mapping[str, Any], private: bool = False
+        self, folder: Path, columns: pa.Schema, header: Record, private: bool = False
     ) -> None:
         self._meta = _json(header)  # may raise, and then leaves no directory behind
         self._folder = folder
@@ -100,15 +95,15 @@ class PartWriter:
     def write(
         self,
         rows: pa.Table,
-        requests: Sequence[Mapping[str, Any]] = (),
-        end: Mapping[str, Any] | None = None,
+        requests: Sequence[Record] = (),
+        end: Record | None = None,
     ) -> None:
         """Add a part: rows, the request records among them, and at last the end record."""
-        footer = {META: self._meta}
+        footer = {FOOTER_META: self._meta}
         if requests:
-            footer[REQUESTS] = b"".join(_json(record) + b"\n" for record in requests)
+            footer[FOOTER_REQUESTS] = b"".join(_json(record) + b"\n" for record in requests)
         if end is not None:
-            footer[END] = _json(end)
+            footer[FOOTER_END] = _json(end)
         name = self._name(self._parts)
         # Beside the directory: a reader of the directory must not meet it, nor a crash leave it.
         scratch = self._folder.with_name(f".{self._folder.name}.{name}")
@@ -148,5 +143,5 @@ class PartWriter:
         return f"part-{part:06d}.parquet"
 
 
-def _json(record: Mapping[str, Any]) -> bytes:
+def _json(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()

@@ -11,46 +11,40 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.writing.formats.linefile import Held, LineFile, refusal
-from vllm.moe_routes.writing.rows import Flag, RowTable
+from vllm.moe_routes.schema import PHASES, ROUTE, ROUTE_FIELDS, Flag, Record
+from vllm.moe_routes.writing.formats.linefile import Contents, LineFile, refusal
+from vllm.moe_routes.writing.rows import PassRoutes, RowTable
 
 _encoder = msgspec.json.Encoder()
+#: The keys of a route record as they stand in a line, in the schema's order.
+_REQ_ID, _TOKEN_IDX, _LAYER, _IDS, _WEIGHTS, _PHASE, _PASS_ID, _FLAG = (
+    f'"{field.name}":' for field in ROUTE_FIELDS
+)
 #: Lines that are put together at once: few enough to stay in a core's cache.
 CHUNK = 2048
 
 
-class JsonlLog:
-    """A ``formats.RouteFile``."""
+class JsonlFile:
+    """A ``route_file.RouteFile``, and the file of a log of passes."""
 
     def __init__(
-        self,
-        path: Path,
-        header: dict[str, Any],
-        layers: Sequence[MoELayer],
-        weights: str,
-        private: bool = False,
+        self, path: Path, header: Record, layers: Sequence[MoELayer], private: bool
     ) -> None:
-        if weights != "float32":
-            raise RouteLogError(
-                f"VLLM_LOG_MOE_WEIGHTS={weights} is for .parquet logs and {path} is none; "
-                "unset it or name a .parquet directory"
-            )
         first_line = encode_object(header)
         self._lines = LineMaker(layers)
         #: Passes whose lines are not made yet: made together, small ones cost less.
-        self._waiting: list[Pass] = []
+        self._waiting: list[PassRoutes] = []
         self._rows = 0
         self._top_k = max(item.top_k for item in layers)
         self._file = LineFile(path, private)
         try:
-            self._file.put(first_line, Held())
+            self._file.put(first_line, Contents())
             self._file.flush()
         except OSError as error:
             self._file.discard()
@@ -62,30 +56,21 @@ class JsonlLog:
         return self._file.size
 
     @property
-    def held(self) -> Held:
-        return self._file.held
+    def durable(self) -> Contents:
+        return self._file.durable
 
-    def write_routes(
-        self,
-        forward_pass_id: int,
-        rows: RowTable,
-        topk_ids: npt.NDArray[Any],
-        topk_weights: npt.NDArray[Any],
-        good: npt.NDArray[Any],
-    ) -> None:
-        self._waiting.append(Pass(forward_pass_id, rows, topk_ids, topk_weights, good))
-        self._rows += good.size
+    def write_routes(self, routes: PassRoutes) -> None:
+        self._waiting.append(routes)
+        self._rows += routes.good.size
         if self._rows >= CHUNK:
             self._make_lines()
 
-    def write_request(self, record: dict[str, Any]) -> None:
-        self._make_lines()
-        self._file.put(encode_object(record), Held(requests=1))
+    def write_request(self, record: Record) -> None:
+        self._put(record, Contents(requests=1))
 
-    def write_record(self, record: dict[str, Any], rows: int) -> None:
-        """Add a record that stands for ``rows`` rows."""
-        self._make_lines()
-        self._file.put(encode_object(record), Held(rows))
+    def write_pass(self, record: Record, rows: int) -> None:
+        """Add the record of a pass of ``rows`` rows."""
+        self._put(record, Contents(rows))
 
     def most_bytes(self, num_rows: int, id_bytes: int) -> int:
         self._make_lines()  # their size is known then
@@ -96,9 +81,8 @@ class JsonlLog:
         self._make_lines()
         self._file.flush()
 
-    def close(self, end: dict[str, Any]) -> None:
-        self._make_lines()
-        self._file.put(encode_object(end), Held())
+    def close(self, end: Record) -> None:
+        self._put(end, Contents())
         self._file.flush()
         self._file.close()
 
@@ -107,54 +91,26 @@ class JsonlLog:
             self._make_lines()
         self._file.cut_back()
 
-    def close_abandoned(self, make_end: Callable[[], dict[str, Any]]) -> None:
+    def close_abandoned(self, make_end: Callable[[], Record]) -> None:
         self._file.end_with(lambda: encode_object(make_end()))
-
-    def _make_lines(self) -> None:
-        passes, self._waiting, self._rows = self._waiting, [], 0
-        for data, held in self._lines.lines(passes):
-            self._file.put(data, held)
 
     def discard(self) -> None:
         self._file.discard()
 
+    def _put(self, record: Record, contents: Contents) -> None:
+        self._make_lines()
+        self._file.put(encode_object(record), contents)
 
-def encode_object(record: dict[str, Any]) -> bytes:
+    def _make_lines(self) -> None:
+        passes, self._waiting, self._rows = self._waiting, [], 0
+        for data, contents in self._lines.lines(passes):
+            self._file.put(data, contents)
+
+
+def encode_object(record: Record) -> bytes:
     """One line: the header, a request or the end record."""
     line: bytes = _encoder.encode(record)
     return line + b"\n"
-
-
-class Pass(NamedTuple):
-    """What ``formats.RouteFile.write_routes`` is given."""
-
-    forward_pass_id: int
-    rows: RowTable
-    topk_ids: npt.NDArray[Any]
-    topk_weights: npt.NDArray[Any]
-    good: npt.NDArray[Any]
-
-
-def encode_routes(
-    layers: Sequence[MoELayer],
-    forward_pass_id: int,
-    rows: RowTable,
-    topk_ids: npt.NDArray[Any],
-    topk_weights: npt.NDArray[Any],
-    good: npt.NDArray[Any],
-) -> bytes:
-    """The lines of one pass, token by token and layer by layer.
-
-    Args:
-        layers: the recorded layers, in slot order.
-        forward_pass_id: the pass.
-        rows: request, position, phase and flag of the n tokens.
-        topk_ids: [n, L, K].
-        topk_weights: [n, L, K] float32; written exactly, as doubles.
-        good: [n, L] bool; rows that are not are left out.
-    """
-    one = Pass(forward_pass_id, rows, topk_ids, topk_weights, good)
-    return b"".join(data for data, _ in LineMaker(layers).lines([one]))
 
 
 class LineMaker:
@@ -166,14 +122,14 @@ class LineMaker:
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
         self._top_k = np.array([item.top_k for item in layers])
-        self._layer = _column([f'{item.layer},"topk_ids":['.encode() for item in layers])
+        self._layer = _column([f"{item.layer},{_IDS}[".encode() for item in layers])
         self._digits = _numbers(
             1000 if max(item.num_experts for item in layers) <= 1000 else 1 << 16
         )
-        self._weights_key = _column([b'],"topk_weights":['] * CHUNK)
+        self._weights_key = _column([f"],{_WEIGHTS}[".encode()] * CHUNK)
 
-    def lines(self, passes: Sequence[Pass]) -> Iterator[tuple[bytes, Held]]:
-        """The lines of ``passes``, some thousand at a time, and what they hold."""
+    def lines(self, passes: Sequence[PassRoutes]) -> Iterator[tuple[bytes, Contents]]:
+        """The lines of ``passes``, some thousand at a time, and their contents."""
         if not any(item.rows.req_ids for item in passes):
             return
         head = _column([text for item in passes for text in _heads(item.rows)])
@@ -203,14 +159,15 @@ class LineMaker:
                 ],
                 axis=1,
             ).reshape(-1)
-            yield text[text != 0].tobytes(), Held(len(t), int(np.count_nonzero(flagged[t])))
+            yield text[text != 0].tobytes(), Contents(len(t), int(np.count_nonzero(flagged[t])))
 
 
 def _heads(rows: RowTable) -> list[bytes]:
     """A token's lines up to the layer's index."""
     names = {req_id: _encoder.encode(req_id) for req_id in set(rows.req_ids)}
+    head = f'{{"type":"{ROUTE}",{_REQ_ID}%b,{_TOKEN_IDX}%d,{_LAYER}'.encode()
     return [
-        b'{"type":"route","req_id":%b,"token_idx":%d,"layer":' % (names[req_id], position)
+        head % (names[req_id], position)
         for req_id, position in zip(rows.req_ids, rows.positions.tolist(), strict=True)
     ]
 
@@ -219,10 +176,9 @@ def _tails(forward_pass_id: int) -> list[bytes]:
     """What follows the weights, by ``is_decode + 2 * flag``."""
     tails = []
     for flag in Flag:
-        told = f',"flag":"{flag.name.lower()}"' if flag else ""
+        told = f',{_FLAG}"{flag.name.lower()}"' if flag else ""
         tails += [
-            f',"phase":"{phase}","forward_pass_id":{forward_pass_id}{told}}}\n'.encode()
-            for phase in ("prefill", "decode")
+            f',{_PHASE}"{phase}",{_PASS_ID}{forward_pass_id}{told}}}\n'.encode() for phase in PHASES
         ]
     return tails
 

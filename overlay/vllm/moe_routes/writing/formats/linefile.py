@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of lines that always knows what it holds: to the line, and after an error too."""
+"""A file of lines that knows its durable contents: to the line, and after an error too."""
 
 import contextlib
 import errno
@@ -10,36 +10,38 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm.moe_routes.errors import ConflictError, RouteLogError
+from vllm.moe_routes.schema import REQUEST, ROUTE
 
 #: Bytes that wait before they are handed to the operating system without a flush.
 BUFFER_BYTES = 1 << 20
-#: How a line that holds one row begins, a flagged one's mark, and how a request's begins.
-_ROUTE, _FLAGGED, _REQUEST = b'{"type":"route"', b',"flag":"', b'{"type":"request"'
+#: How a line with one row begins, and a request's; and the mark of a row with a flag.
+_ROUTE, _REQUEST = (f'{{"type":"{kind}"'.encode() for kind in (ROUTE, REQUEST))
+_FLAGGED = b',"flag":"'
 #: No line of a log is longer than this; bounds what is read back to find where one begins.
 _LONGEST_LINE = 1 << 20
 #: Room made for an end record beyond its length, whose digits may change by making it.
 _SPARE = 512
 
 
-class Held(NamedTuple):
-    """What lines hold: rows, those of them with a flag, and request records."""
+class Contents(NamedTuple):
+    """What lines, or a file, hold: rows, those of them with a flag, and request records."""
 
     rows: int = 0
     flagged: int = 0
     requests: int = 0
 
-    def plus(self, other: "Held") -> "Held":
-        return Held(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: "Contents") -> "Contents":
+        return Contents(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def minus(self, other: "Held") -> "Held":
-        return Held(*(a - b for a, b in zip(self, other, strict=True)))
+    def minus(self, other: "Contents") -> "Contents":
+        return Contents(*(a - b for a, b in zip(self, other, strict=True)))
 
 
 class _Chunk(NamedTuple):
     """Whole lines that wait. Of several lines each holds as many rows as any other."""
 
     data: bytes
-    held: Held
+    contents: Contents
 
 
 class LineFile:
@@ -55,7 +57,11 @@ class LineFile:
 
     def __init__(self, path: Path, private: bool) -> None:
         self._path = path
-        self._fd: int | None = _create(path, private)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self._fd: int | None = os.open(path, flags, 0o600 if private else 0o666)
+        except OSError as error:
+            raise refusal(path, error) from None
         self._waiting: deque[_Chunk] = deque()
         self._waiting_bytes = 0
         #: Bytes of the first waiting chunk that are in the file already.
@@ -64,7 +70,7 @@ class LineFile:
         self._good = 0
         self._header_bytes = 0
         #: What those lines hold.
-        self.held = Held()
+        self.durable = Contents()
         #: Rows of the last lines that hold more than one row each.
         self._last_rows: deque[int] = deque(maxlen=4096)
 
@@ -78,9 +84,9 @@ class LineFile:
             raise OSError(errno.EBADF, "the file is closed")
         return self._fd
 
-    def put(self, data: bytes, held: Held) -> None:
+    def put(self, data: bytes, contents: Contents) -> None:
         """Add whole lines."""
-        self._waiting.append(_Chunk(data, held))
+        self._waiting.append(_Chunk(data, contents))
         self._waiting_bytes += len(data)
         if self._waiting_bytes >= BUFFER_BYTES:
             self.flush()
@@ -99,7 +105,7 @@ class LineFile:
             self._waiting.popleft()
             self._begun = 0
             self._waiting_bytes -= len(chunk.data)
-            self._take_over(chunk.data, chunk.held)
+            self._take_over(chunk.data, chunk.contents)
         self._check_still_ours()
 
     def seal_header(self) -> None:
@@ -125,10 +131,10 @@ class LineFile:
         """Add a last line after an error, and close.
 
         Where the disk is full, the last lines make room for it: they are given up, and no longer
-        :attr:`held`.
+        :attr:`durable`.
 
         Args:
-            make_line: the line, by what is held then.
+            make_line: the line, by what is durable then.
 
         Raises:
             OSError: it can't be written.
@@ -162,7 +168,7 @@ class LineFile:
         if stat.st_nlink and stat.st_size == self._good + self._begun:
             return
         what = "was changed by somebody else" if stat.st_nlink else "was removed"
-        self.held = Held()
+        self.durable = Contents()
         self._good = -1
         raise OSError(errno.ESTALE, f"the file {what} while it was written")
 
@@ -175,11 +181,11 @@ class LineFile:
         while done < len(line):
             done += self._write(line[done:], self._good + done)
 
-    def _take_over(self, data: bytes, held: Held) -> None:
+    def _take_over(self, data: bytes, contents: Contents) -> None:
         self._good += len(data)
-        self.held = self.held.plus(held)
-        if held.rows and not data.startswith(_ROUTE):
-            self._last_rows.append(held.rows)
+        self.durable = self.durable.plus(contents)
+        if contents.rows and not data.startswith(_ROUTE):
+            self._last_rows.append(contents.rows)
 
     def _give_up(self, size: int) -> None:
         """Cut at least ``size`` bytes of last lines off."""
@@ -195,38 +201,25 @@ class LineFile:
         others = min(len(lines) - routes - requests, len(self._last_rows))
         rows = routes + sum(self._last_rows.pop() for _ in range(others))
         self._good = start + at
-        self.held = self.held.minus(Held(rows, flagged, requests))
+        self.durable = self.durable.minus(Contents(rows, flagged, requests))
         os.ftruncate(self.fileno(), self._good)
 
 
-def _share(chunk: _Chunk, whole: bytes) -> Held:
+def _share(chunk: _Chunk, whole: bytes) -> Contents:
     """What some of a chunk's lines hold."""
     lines = whole.count(b"\n")
-    each = chunk.held.rows // max(1, chunk.data.count(b"\n"))
-    requests = chunk.held.requests if lines else 0
-    return Held(lines * each, whole.count(_FLAGGED) if chunk.held.flagged else 0, requests)
+    each = chunk.contents.rows // max(1, chunk.data.count(b"\n"))
+    requests = chunk.contents.requests if lines else 0
+    return Contents(lines * each, whole.count(_FLAGGED) if chunk.contents.flagged else 0, requests)
 
 
-def _create(path: Path, private: bool) -> int:
-    """Create a new file; never append to, overwrite or share one.
-
-    Raises:
-        RouteLogError: it exists, or can't be created.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o600 if private else 0o666)
-    except FileExistsError:
-        raise ConflictError(
-            f"route log {path} exists; move it away or set VLLM_LOG_MOE to another file"
-        ) from None
-    except OSError as error:
-        raise refusal(path, error) from None
-
-
-def refusal(path: Path, error: OSError) -> RouteLogError:
-    """What is said where a log can't be begun."""
+def refusal(path: Path, error: OSError, kind: str = "file") -> RouteLogError:
+    """What is said where a log can't be created; ``kind`` is "file" or "directory"."""
+    if isinstance(error, FileExistsError):
+        return ConflictError(
+            f"route log {path} exists; move it away or set VLLM_LOG_MOE to another {kind}"
+        )
     return RouteLogError(
-        f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a file in "
+        f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a {kind} in "
         "a writable directory"
     )

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from vllm.moe_routes.errors import ConflictError, RouteLogError
+from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
-from vllm.moe_routes.writing.formats.linefile import Held
-from vllm.moe_routes.writing.rows import RowTable
+from vllm.moe_routes.schema import FLAGS, PHASES, Record
+from vllm.moe_routes.writing.formats.linefile import Contents, refusal
+from vllm.moe_routes.writing.rows import PassRoutes, RowTable
 
 #: A part is closed at this many rows, if no flush closes it earlier.
 PART_ROWS = 1 << 20
@@ -34,7 +35,7 @@ def _dataset() -> Any:
     return dataset
 
 
-class _Pass(NamedTuple):
+class _GoodRows(NamedTuple):
     """The good rows of one pass: arrays of T tokens, of R <= T * L rows.
 
     ``good`` is [T, L], or None where every row is good.
@@ -47,16 +48,11 @@ class _Pass(NamedTuple):
     topk_weights: npt.NDArray[Any]  # [R, K]
 
 
-class ParquetLog:
-    """A ``formats.RouteFile``; ``bytes`` are those of the parts on disk."""
+class ParquetDirectory:
+    """A ``route_file.RouteFile``; ``bytes`` are those of the parts on disk."""
 
     def __init__(
-        self,
-        path: Path,
-        header: dict[str, Any],
-        layers: Sequence[MoELayer],
-        weights: str,
-        private: bool = False,
+        self, path: Path, header: Record, layers: Sequence[MoELayer], weights: str, private: bool
     ) -> None:
         self._dataset = _dataset()
         self._layer_ids = np.array([item.layer for item in layers], dtype=np.int16)
@@ -69,22 +65,15 @@ class ParquetLog:
         )
         self._id_type = self._columns.field("topk_ids").type.value_type.to_pandas_dtype()
         self._weight_type = np.dtype(weights)
-        self._passes: list[_Pass] = []
-        self._requests: list[dict[str, Any]] = []
+        self._passes: list[_GoodRows] = []
+        self._requests: list[Record] = []
         self._rows = self._flagged = self._bytes = 0
-        #: What every part holds.
-        self._held: list[Held] = []
+        #: Contents of every part, after the first one, which holds the header.
+        self._contents: list[Contents] = []
         try:
             self._parts = self._dataset.PartWriter(path, self._columns, header, private)
-        except FileExistsError:
-            raise ConflictError(
-                f"route log {path} exists; move it away or set VLLM_LOG_MOE to another directory"
-            ) from None
         except OSError as error:
-            raise RouteLogError(
-                f"route log {path} can't be created ({error.strerror}); set VLLM_LOG_MOE to a "
-                "directory in a writable one"
-            ) from None
+            raise refusal(path, error, "directory") from None
 
     @property
     def bytes(self) -> int:
@@ -92,52 +81,42 @@ class ParquetLog:
         return size
 
     @property
-    def held(self) -> Held:
-        parts = [held for i, held in enumerate(self._held, start=1) if self._parts.exists(i)]
-        return Held(*map(sum, zip(*parts, strict=True))) if parts else Held()
+    def durable(self) -> Contents:
+        parts = [part for i, part in enumerate(self._contents, 1) if self._parts.exists(i)]
+        return Contents(*map(sum, zip(*parts, strict=True))) if parts else Contents()
 
     def most_bytes(self, num_rows: int, id_bytes: int) -> int:
         # What waits is as good as on the disk. Ids, weights, and six columns of numbers.
         widest = self._id_type().itemsize + self._weight_type.itemsize
         return (num_rows + self._rows) * int(32 + self._top_k.max() * widest)
 
-    def write_routes(
-        self,
-        forward_pass_id: int,
-        rows: RowTable,
-        topk_ids: npt.NDArray[Any],
-        topk_weights: npt.NDArray[Any],
-        good: npt.NDArray[Any],
-    ) -> None:
-        every = bool(good.all())
+    def write_routes(self, routes: PassRoutes) -> None:
+        rows, good = routes.rows, None if routes.good.all() else routes.good
         # Indexing and astype copy: the arrays may be a buffer that is used again.
-        ids = topk_ids.reshape(-1, topk_ids.shape[2]) if every else topk_ids[good]
-        weights = topk_weights.reshape(-1, topk_weights.shape[2]) if every else topk_weights[good]
-        self._passes.append(
-            _Pass(
-                forward_pass_id,
-                rows,
-                None if every else good,
-                ids.astype(self._id_type),
-                weights.astype(self._weight_type),
+        ids, weights = (
+            (item.reshape(-1, item.shape[2]) if good is None else item[good]).astype(kind)
+            for item, kind in (
+                (routes.topk_ids, self._id_type),
+                (routes.topk_weights, self._weight_type),
             )
         )
+        self._passes.append(_GoodRows(routes.forward_pass_id, rows, good, ids, weights))
         self._rows += len(ids)
         if rows.flags.any():
-            self._flagged += int(np.count_nonzero(good[rows.flags != 0]))
-        self._bytes += self._passes[-1].topk_ids.nbytes + self._passes[-1].topk_weights.nbytes
+            self._flagged += int(np.count_nonzero(routes.good[rows.flags != 0]))
+        self._bytes += ids.nbytes + weights.nbytes
         if self._rows >= PART_ROWS or self._bytes >= PART_BYTES:
             self.flush()
 
-    def write_request(self, record: dict[str, Any]) -> None:
+    def write_request(self, record: Record) -> None:
         self._requests.append({**record, "after_rows": self._rows})
 
     def flush(self) -> None:
         if self._rows or self._requests:
             self._write_part()
 
-    def close(self, end: dict[str, Any]) -> None:
-        gone = [i for i in range(len(self._held) + 1) if not self._parts.exists(i)]
+    def close(self, end: Record) -> None:
+        gone = [i for i in range(len(self._contents) + 1) if not self._parts.exists(i)]
         if gone:
             raise OSError(errno.ESTALE, f"part {gone[0]} was removed while the log was written")
         self._write_part(end)
@@ -147,15 +126,15 @@ class ParquetLog:
             self.flush()
         self._forget()
 
-    def close_abandoned(self, make_end: Callable[[], dict[str, Any]]) -> None:
+    def close_abandoned(self, make_end: Callable[[], Record]) -> None:
         self._write_part(make_end())
 
     def discard(self) -> None:
         self._parts.discard()
 
-    def _write_part(self, end: dict[str, Any] | None = None) -> None:
+    def _write_part(self, end: Record | None = None) -> None:
         self._parts.write(self._table(), self._requests, end)
-        self._held.append(Held(self._rows, self._flagged, len(self._requests)))
+        self._contents.append(Contents(self._rows, self._flagged, len(self._requests)))
         self._forget()
 
     def _forget(self) -> None:
@@ -189,9 +168,9 @@ class ParquetLog:
             self._lists(
                 "topk_weights", np.concatenate([item.topk_weights for item in passes]), slot
             ),
-            labels(pa.array(is_decode.astype(np.int8)[token]), list(self._dataset.PHASES)),
+            labels(pa.array(is_decode.astype(np.int8)[token]), list(PHASES)),
             pa.array(pass_ids[token]),
-            labels(pa.array(flag_codes, mask=flag_codes < 0), list(self._dataset.FLAGS)),
+            labels(pa.array(flag_codes, mask=flag_codes < 0), list(FLAGS)),
         ]
         return pa.Table.from_arrays(columns, schema=self._columns)
 

@@ -20,8 +20,9 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router import base_router
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.moe_routes.capture.buffer import CaptureBuffer, allocate
+from vllm.moe_routes.capture.taps import LogicalIds, Tap
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.hooks import LogicalIds, Tap, _log_moe_routes, _write_moe_log_header
+from vllm.moe_routes.hooks import _log_moe_routes, _write_moe_log_header
 
 from tests.support.build import DEVICE, QUICK, a_layer
 
@@ -144,11 +145,10 @@ def test_physical_ids_would_differ() -> None:
 def test_the_layers_own_gathered_rows_are_cut_from_the_logical_ids_too() -> None:
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import DPMetadata, ForwardContext, override_forward_context
-    from vllm.moe_routes.capture.row_layout import Layout
 
     router = StubRouter()
     layer, buffer = _tapped(router)
-    layer.moe_route_tap = layer.moe_route_tap._replace(layout=Layout(dp_rank=1))
+    layer.moe_route_tap = layer.moe_route_tap._replace(dp_rank=1)
     router.rebalance(1)
     router.choices = _choices(9, 1)
     tokens = torch.tensor([4, 5])
