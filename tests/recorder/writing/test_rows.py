@@ -464,21 +464,34 @@ def test_even_a_client_that_guesses_vllms_id_shares_no_id() -> None:
 @THOROUGH
 @given(
     start=st.integers(0, 5),
-    prompt=st.integers(1, 6),
+    prompt=st.integers(1, 16),
     steps=st.lists(
-        st.tuples(st.integers(0, 9), st.none() | st.integers(0, 3), st.booleans()), max_size=12
+        st.tuples(st.integers(0, 9), st.integers(1, 9), st.booleans(), st.booleans()), max_size=12
     ),
     rule=st.none() | st.builds(StopRule, st.frozensets(st.integers(0, 3)), st.integers(0, 4)),
 )
-def test_a_single_row_is_taken_as_a_step_of_one_row_is(
+def test_a_chunk_of_prompt_is_taken_at_once_as_its_rows_are_one_by_one(
     start: int,
     prompt: int,
-    steps: list[tuple[int, int | None, bool]],
+    steps: list[tuple[int, int, bool, bool]],
     rule: StopRule | None,
 ) -> None:
+    """A chunk at some position, or where the request stands, recorded or not."""
     one, many = (Request("r", "r-0", prompt, rule, next_position=start) for _ in range(2))
-    for position, token, recorded in steps:
-        tokens = None if token is None else np.array([token])
-        flags = many.take(np.array([position]), tokens, np.array([recorded]))
-        assert one.take_one(position, token, recorded) == flags[0]
+    for position, size, goes_on, recorded in steps:
+        first = many.next_position if goes_on else position
+        rows = range(first, first + size)
+        flags = [one.take(row, row % 4, recorded) for row in rows]
+        if recorded and many.take_prompt(first, size):
+            assert flags == [Flag.NONE] * size
+        else:
+            assert [many.take(row, row % 4, recorded) for row in rows] == flags
         assert one == many
+
+
+def test_the_chunks_of_a_prompt_are_taken_at_once() -> None:
+    request = Request("r", "r-0", 8, None)
+    assert [request.take_prompt(0, 5), request.take_prompt(5, 3)] == [True, True]
+    assert (request.positions, request.next_position) == (8, 8)
+    assert not request.take_prompt(4, 4), "a replay has flags"
+    assert not request.take_prompt(8, 2), "these are generated"

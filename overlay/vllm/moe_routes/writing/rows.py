@@ -133,45 +133,26 @@ class Request:
         self.next_position = first
         self.stopped_at = None
 
-    def take(
-        self,
-        positions: npt.NDArray[Any],
-        token_ids: npt.NDArray[Any] | None,
-        recorded: npt.NDArray[Any],
-    ) -> npt.NDArray[Any]:
-        """Flag and count this request's rows of one step; moves the request on.
+    def take_prompt(self, first: int, size: int) -> bool:
+        """:meth:`take` of a chunk of prompt that is recorded, at once.
 
         Args:
-            positions: [m] consecutive positions.
-            token_ids: [m] input tokens of the rows, needed where the engine runs ahead.
-            recorded: [m] bool, whether the rows get into the file.
+            first: position of its first row.
+            size: rows.
 
         Returns:
-            [m] uint8, a :class:`schema.Flag` each.
+            Whether it was taken: only where none of its rows has a flag.
         """
-        flags = np.zeros(len(positions), dtype=np.uint8)
-        again = positions < self.next_position
-        if self.dropped:  # a replay of a position that was lost is its first and only row
-            again &= ~np.isin(positions, list(self.dropped))
-        flags[again] = Flag.RECOMPUTED
-        if self.stop is not None and token_ids is not None and self.stopped_at is None:
-            generated = positions - self.num_prompt_tokens + 1  # how many, this token included
-            stops = np.isin(token_ids, list(self.stop.token_ids))
-            stops &= generated >= max(self.stop.min_tokens, 1)
-            if stops.any():
-                self.stopped_at = int(positions[stops.argmax()])
-        if self.stopped_at is not None:
-            flags[positions >= self.stopped_at] = Flag.OVERRUN
-        self.next_position = max(self.next_position, int(positions[-1]) + 1)
-        self.dropped.difference_update(positions[recorded].tolist())
-        self.dropped.update(positions[~recorded & ~again].tolist())
-        self.rows_dropped += int(np.count_nonzero(~recorded))
-        self.rows_flagged += int(np.count_nonzero(flags[recorded]))
-        self.positions += int(np.count_nonzero(flags[recorded] == Flag.NONE))
-        return flags
+        end = first + size
+        is_new = first >= self.next_position and self.stopped_at is None
+        if not is_new or end > self.num_prompt_tokens:
+            return False
+        self.next_position = end
+        self.positions += size
+        return True
 
-    def take_one(self, position: int, token_id: int | None, recorded: bool) -> int:
-        """:meth:`take` of a single row, without numpy: a decode step has many of them.
+    def take(self, position: int, token_id: int | None, recorded: bool) -> int:
+        """Flag and count one row of this request; moves the request on.
 
         Args:
             position: of the row.
@@ -253,18 +234,16 @@ class RequestBook:
             elif raw_id in step.new_requests:
                 first, prompt = step.num_computed_tokens[i], step.num_prompt_tokens[i]
                 request.resume(int(first), int(prompt))
-            size, row = sizes[i], firsts[i]
-            if size == 1:
+            row0, size = firsts[i], sizes[i]
+            req_ids += [request.req_id] * size
+            is_whole = size > 1 and recorded[row0 : row0 + size].all()
+            if is_whole and request.take_prompt(places[row0], size):
+                continue
+            for row in range(row0, row0 + size):
                 token = None if token_ids is None else int(token_ids[row])
-                flag = request.take_one(places[row], token, bool(recorded[row]))
+                flag = request.take(places[row], token, bool(recorded[row]))
                 if flag:
                     flags[row] = flag
-                req_ids.append(request.req_id)
-            elif size:
-                rows = slice(row, row + size)
-                tokens = None if token_ids is None else token_ids[rows]
-                flags[rows] = request.take(positions[rows], tokens, recorded[rows])
-                req_ids.extend([request.req_id] * size)
         is_decode = positions >= np.repeat(step.num_prompt_tokens.astype(np.int64), counts)
         return RowTable(req_ids, positions, is_decode, flags)
 
