@@ -59,22 +59,14 @@ WEIGHTS = ("float32", "float16")
 
 @dataclass(frozen=True)
 class RouteLogConfig:
-    """The validated switches.
+    """The validated switches; :data:`VARIABLES` says what each means.
 
     Attributes:
         path: absolute path of the log's main file; None where only the API arms the recorder.
-        mode: one of ``MODES``.
-        api: whether the server has the expert-distribution routes.
         directory: absolute path of the folder that the routes write to.
-        layer_metrics: whether `/metrics` has a series a layer.
         layers: the layer selection as given; resolved against the model by ``layers.select``.
-        autostart: record from the first real forward pass on.
-        queue_bytes: bound of the writer's queue, in bytes of captured arrays.
-        on_full: "block" or "drop".
-        flush_seconds: longest time between a row's pass and its place in the file.
-        weights: precision of weights in Parquet, one of ``WEIGHTS``.
-        max_bytes: size that no file grows past; None: no bound.
-        on_max: "stop" or "rotate".
+        queue_bytes: in bytes of captured arrays.
+        max_bytes: None: no bound.
         sample: one request in this many is recorded.
     """
 

@@ -30,6 +30,7 @@ from vllm.utils.math_utils import round_up
 
 logger = init_logger(__name__)
 
+COMMANDS = ("configure", "start", "stop", "reset", "dump", "status")
 #: Closing must fit into the five seconds that vLLM gives a worker to shut down.
 SHUTDOWN_SECONDS = 4.0
 STOP_SECONDS = 300.0
@@ -48,9 +49,7 @@ def attach(runner: Any) -> "Recorder | None":
         RouteLogError: the switches, the model or the engine's mode don't allow it.
     """
     config = RouteLogConfig.from_env()
-    if config is None:
-        return None
-    return Recorder(config, runner)
+    return None if config is None else Recorder(config, runner)
 
 
 def control(worker: Any, *command: Any, **options: Any) -> dict[str, Any]:
@@ -206,23 +205,15 @@ class Recorder:
         """Run a command. Never raises: an exception would leave other ranks' replies queued.
 
         Args:
-            command: "configure", "start", "stop", "reset", "dump" or "status".
+            command: one of ``COMMANDS``, each a method.
             rest: nothing; more than a command is answered with an error.
-            options: those of the method of that name.
+            options: those of the method.
         """
-        commands: dict[str, Callable[..., dict[str, Any]]] = {
-            "configure": self.configure,
-            "start": self.start,
-            "stop": self.stop,
-            "reset": self.reset,
-            "dump": self.dump,
-            "status": self.status,
-        }
         try:
-            if rest or command not in commands:
+            if rest or command not in COMMANDS:
                 given = ", ".join(repr(item) for item in (command, *rest))
-                raise RouteLogError(f"unknown command {given}; use {', '.join(commands)}")
-            return {"ok": True, **commands[command](**options)}
+                raise RouteLogError(f"unknown command {given}; use {', '.join(COMMANDS)}")
+            return {"ok": True, **getattr(self, command)(**options)}
         except Exception as error:
             if not isinstance(error, RouteLogError):
                 logger.exception("moe_routes %s failed", command)

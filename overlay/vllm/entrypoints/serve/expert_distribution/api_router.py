@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routes. They exist where VLLM_LOG_MOE_API=1."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,15 +48,27 @@ class Answer(BaseModel):
     status: Literal["success"]
 
 
-def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": ErrorAnswer} for code in (400, 401, *codes, 503, 504)}
-
-
 router = APIRouter(
     route_class=GuardedRoute,
     tags=["expert distribution"],
     dependencies=[Security(HTTPBearer(auto_error=False, description="the server's API key"))],
 )
+
+
+def _route(method: str, path: str, summary: str, conflicts: bool = False) -> Callable[..., Any]:
+    """A route of the API; one that changes the recorder's state may conflict with it."""
+    errors = (400, 401, 409, 503, 504) if conflicts else (400, 401, 503, 504)
+    route: Callable[..., Any] = router.api_route(
+        path,
+        methods=[method],
+        summary=summary,
+        response_model=Answer,
+        responses={code: {"model": ErrorAnswer} for code in errors},
+    )
+    return route
+
+
+_change = partial(_route, "POST", conflicts=True)
 
 Mode = Annotated[
     Literal["stat", "per_pass", "per_token"],
@@ -73,12 +87,7 @@ FileName = Annotated[
 ]
 
 
-@router.post(
-    "/configure_expert_distribution",
-    summary="Choose what the next recording is",
-    response_model=Answer,
-    responses=_errors(409),
-)
+@_change("/configure_expert_distribution", "Choose what the next recording is")
 async def configure_expert_distribution(
     request: Request, mode: Mode = "stat", layers: Layers = "all", path: FileName = None
 ) -> Response:
@@ -90,10 +99,9 @@ async def configure_expert_distribution(
             log_path(names.check(path), mode=mode)
     except RouteLogError as error:
         raise ApiError(400, str(error)) from None
-    async with engines_of(request) as engines:
+    async with engines_of(request.app.state) as engines:
         replies = await engines.command("configure", mode=mode, layers=layers, path=path)
-        if failed := [reply for reply in replies if not reply["ok"]]:
-            refused = refusal(failed, len(replies))
+        if refused := refusal(replies):
             raise ApiError(409 if refused.code == 409 else 400, refused.message)
     return _json(
         {
@@ -106,28 +114,18 @@ async def configure_expert_distribution(
     )
 
 
-@router.post(
-    "/start_expert_distribution",
-    summary="Start recording, from zero, at the next step boundary",
-    response_model=Answer,
-    responses=_errors(409),
-)
+@_change("/start_expert_distribution", "Start recording, from zero, at the next step boundary")
 async def start_expert_distribution(request: Request) -> Response:
-    async with engines_of(request) as engines:
+    async with engines_of(request.app.state) as engines:
         replies = await engines.agreed("status")
         name = _file_name(replies[0])
         await _begin(engines, "start", name, replies[0])
         return _json(_state(await engines.agreed("status"), "recording from zero"))
 
 
-@router.post(
-    "/stop_expert_distribution",
-    summary="Stop recording; files get their end record",
-    response_model=Answer,
-    responses=_errors(409),
-)
+@_change("/stop_expert_distribution", "Stop recording; files get their end record")
 async def stop_expert_distribution(request: Request) -> Response:
-    async with engines_of(request) as engines:
+    async with engines_of(request.app.state) as engines:
         await engines.agreed("stop", timeout=0)
         replies = await engines.written()
         if any(reply["closing"] for reply in replies):
@@ -137,14 +135,9 @@ async def stop_expert_distribution(request: Request) -> Response:
         return _json(_state(replies, text))
 
 
-@router.post(
-    "/reset_expert_distribution",
-    summary="Go on from zero, or forget what was recorded",
-    response_model=Answer,
-    responses=_errors(409),
-)
+@_change("/reset_expert_distribution", "Go on from zero, or forget what was recorded")
 async def reset_expert_distribution(request: Request) -> Response:
-    async with engines_of(request) as engines:
+    async with engines_of(request.app.state) as engines:
         replies = await engines.agreed("status")
         first = replies[0]
         name = None
@@ -156,12 +149,7 @@ async def reset_expert_distribution(request: Request) -> Response:
         return _json(_state(replies, text))
 
 
-@router.post(
-    "/dump_expert_distribution",
-    summary="What was counted so far; changes nothing",
-    response_model=Answer,
-    responses=_errors(),
-)
+@_route("POST", "/dump_expert_distribution", "What was counted so far; changes nothing")
 async def dump_expert_distribution(
     request: Request,
     summary_only: Annotated[
@@ -177,21 +165,16 @@ async def dump_expert_distribution(
         ),
     ] = 100,
 ) -> Response:
-    async with engines_of(request) as engines:
+    async with engines_of(request.app.state) as engines:
         await engines.written()
         replies = await engines.agreed("dump", max_records=0 if summary_only else max_records)
     make = answers.summary if summary_only else answers.full
     return await run_in_threadpool(lambda: _json(make(replies)))
 
 
-@router.get(
-    "/expert_distribution_status",
-    summary="The truth about every worker",
-    response_model=Answer,
-    responses=_errors(),
-)
+@_route("GET", "/expert_distribution_status", "The truth about every worker")
 async def expert_distribution_status(request: Request) -> Response:
-    async with engines_of(request) as engines:
+    async with engines_of(request.app.state) as engines:
         return _json(answers.status(await engines.agreed("status")))
 
 
@@ -241,13 +224,13 @@ async def _begin(engines: Engines, command: str, name: str | None, status: Reply
     if name is not None:
         path = str(await run_in_threadpool(names.place, Path(status["directory"]), name))
     replies = await engines.command(command, path=path)
-    failed = [reply for reply in replies if not reply["ok"]]
-    if not failed:
+    refused = refusal(replies)
+    if refused is None:
         return
-    if len(failed) < len(replies):
+    if any(reply["ok"] for reply in replies):
         await engines.command("stop", reason="another worker could not start", timeout=0)
         await engines.written()
-    raise refusal(failed, len(replies))
+    raise refused
 
 
 def _file_name(status: Reply) -> str | None:

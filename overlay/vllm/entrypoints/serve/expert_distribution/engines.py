@@ -4,7 +4,6 @@
 import asyncio
 from typing import Any
 
-from fastapi import Request
 from vllm.entrypoints.serve.expert_distribution.guard import ApiError
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -84,9 +83,8 @@ class Engines:
             ApiError: one did not; 409 where the command does not fit the recorder's state.
         """
         replies = await self.command(name, **options)
-        failed = [reply for reply in replies if not reply["ok"]]
-        if failed:
-            raise refusal(failed, len(replies))
+        if refused := refusal(replies):
+            raise refused
         return replies
 
     async def written(self) -> list[Reply]:
@@ -102,17 +100,20 @@ class Engines:
             pause = min(0.5, pause * 1.5)
 
 
-def refusal(failed: list[Reply], workers: int) -> ApiError:
-    """The error that stands for those of several workers."""
+def refusal(replies: list[Reply]) -> ApiError | None:
+    """The error that stands for those of several workers; None where all carried it out."""
+    failed = [reply for reply in replies if not reply["ok"]]
+    if not failed:
+        return None
     conflict = all(reply.get("conflict") for reply in failed)
     first = failed[0]["error"]
-    some = f" ({len(failed)} of {workers} workers said so)" if len(failed) < workers else ""
+    every = len(failed) == len(replies)
+    some = "" if every else f" ({len(failed)} of {len(replies)} workers said so)"
     return ApiError(409 if conflict else 503, f"{first}{some}")
 
 
-def engines_of(request: Request) -> Engines:
-    """The server's engines; made at the first request, when there is an event loop."""
-    state = request.app.state
+def engines_of(state: Any) -> Engines:
+    """The engines of an application's state; made when there is an event loop."""
     if not hasattr(state, "moe_routes_engines"):
         state.moe_routes_engines = Engines(state.engine_client)
     engines: Engines = state.moe_routes_engines

@@ -8,7 +8,7 @@ import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.entrypoints.serve.expert_distribution import answers
-from vllm.entrypoints.serve.expert_distribution.engines import Engines
+from vllm.entrypoints.serve.expert_distribution.engines import Reply, engines_of
 from vllm.entrypoints.serve.expert_distribution.guard import ApiError
 from vllm.logger import init_logger
 
@@ -40,7 +40,7 @@ class Series:
         help_text = "max/mean expert load of a layer; 1: even."
         self.layers = gauge("layer_max_over_mean", help_text, "layer") if per_layer else None
 
-    def show(self, replies: list[dict[str, Any]]) -> None:
+    def show(self, replies: list[Reply]) -> None:
         """Take over what the workers say.
 
         Args:
@@ -84,16 +84,12 @@ class RefreshOnScrape:
         await self._app(scope, receive, send)
 
     async def _refresh(self) -> None:
-        if not hasattr(self._state, "moe_routes_engines"):
-            self._state.moe_routes_engines = Engines(self._state.engine_client)
-        engines: Engines = self._state.moe_routes_engines
         try:
-            self._series.show(await asyncio.wait_for(_ask(engines), SCRAPE_SECONDS))
+            self._series.show(await asyncio.wait_for(self._ask(), SCRAPE_SECONDS))
         except (ApiError, asyncio.TimeoutError) as error:
             reason = str(error) or f"no answer within {SCRAPE_SECONDS:g} s"
             logger.warning("/metrics shows older figures of the route recorder: %s", reason)
 
-
-async def _ask(engines: Engines) -> list[dict[str, Any]]:
-    async with engines:
-        return await engines.agreed("dump")
+    async def _ask(self) -> list[Reply]:
+        async with engines_of(self._state) as engines:
+            return await engines.agreed("dump")
