@@ -49,6 +49,16 @@ def ids_dtype(num_experts: int) -> torch.dtype:
     return torch.uint8 if num_experts <= 255 else torch.int16
 
 
+def copy_rows(tensor: Tensor, rows: int | Tensor) -> Tensor:
+    """Some rows of a tensor, in memory that nobody writes to.
+
+    Args:
+        tensor: [>= n, ...].
+        rows: n, for the first n rows; or [n] int64 indices on the tensor's device.
+    """
+    return tensor[:rows].clone() if isinstance(rows, int) else tensor[rows]
+
+
 class CaptureBuffer(NamedTuple):
     """Where a forward pass leaves its choices.
 
@@ -57,14 +67,12 @@ class CaptureBuffer(NamedTuple):
         weights: [T, S, K] float32, as the router gave them to the kernel.
         not_an_id: the value that marks an element nothing was captured for.
         slots: [L] int64, the slots that a recording of some layers reads; None: all of them.
-        own: whether nobody writes to this memory any more.
     """
 
     ids: Tensor
     weights: Tensor
     not_an_id: int
     slots: Tensor | None = None
-    own: bool = False
 
     def narrowed(self, slots: Sequence[int]) -> "CaptureBuffer":
         """The same memory, read in ``slots`` only."""
@@ -72,27 +80,17 @@ class CaptureBuffer(NamedTuple):
             return self
         return self._replace(slots=torch.tensor(slots, device=self.ids.device))
 
-    def picked(self, rows: Tensor) -> "CaptureBuffer":
-        """A copy of some rows: [m] int64 indices on the buffer's device."""
-        return self._replace(ids=self.ids[rows], weights=self.weights[rows], own=True)
-
     def select_ids(self, num_rows: int) -> Tensor:
         """The ids of the first rows: [num_rows, L, K], a view unless narrowed."""
         ids = self.ids[:num_rows]
         return ids if self.slots is None else ids.index_select(1, self.slots)
 
-    def copy_ids(self, num_rows: int) -> Tensor:
-        """The ids of the first rows, in memory that nobody writes to: [num_rows, L, K]."""
-        return self._copy(self.ids[:num_rows])
-
-    def copy_weights(self, num_rows: int) -> Tensor:
-        """The weights of the first rows, in memory that nobody writes to: [num_rows, L, K]."""
-        return self._copy(self.weights[:num_rows])
-
-    def _copy(self, part: Tensor) -> Tensor:
-        if self.slots is not None:
-            return part.index_select(1, self.slots)
-        return part if self.own else part.clone()
+    def copies(self, rows: int | Tensor) -> list[Tensor]:
+        """Ids and weights of some rows, each [n, L, K]; see :func:`copy_rows`."""
+        if self.slots is None:
+            return [copy_rows(self.ids, rows), copy_rows(self.weights, rows)]
+        wanted = slice(rows) if isinstance(rows, int) else rows
+        return [item[wanted].index_select(1, self.slots) for item in (self.ids, self.weights)]
 
     def clear(self, num_rows: int | None = None) -> None:
         """Mark the first ``num_rows`` rows (all by default) as not captured."""

@@ -6,14 +6,14 @@ the clone is the snapshot. On CUDA the clone is made on the compute stream, orde
 pass, and a side stream copies it to pinned memory while the next pass runs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from vllm.moe_routes.capture.buffer import CaptureBuffer
+from vllm.moe_routes.capture.buffer import CaptureBuffer, copy_rows
 
 
 class Routes(NamedTuple):
@@ -27,7 +27,7 @@ class Routes(NamedTuple):
 
     topk_ids: npt.NDArray[Any]
     topk_weights: npt.NDArray[Any]
-    token_ids: npt.NDArray[Any] | None
+    token_ids: npt.NDArray[Any] | None = None
 
 
 class Pending(Protocol):
@@ -38,18 +38,31 @@ class Pending(Protocol):
         """Size of the arrays, in bytes."""
 
     def resolve(self) -> Any:
-        """Wait for the copy and return it: ``Routes`` of ``take``, an array of ``take_array``.
+        """Wait for the copy and return it: ``Routes`` of ``take``, what ``make`` made of ``copy``.
 
         Called once; off the engine thread where it may have to wait.
         """
 
 
-class Snapshotter(Protocol):
-    def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        """Snapshot the first ``num_rows`` rows."""
+class Snapshotter(ABC):
+    """Takes what a pass left, before the next pass runs."""
 
-    def take_array(self, tensor: Tensor) -> Pending:
-        """Copy a tensor that nobody writes to any more."""
+    def take(self, buffer: CaptureBuffer, rows: int | Tensor, token_ids: Tensor | None) -> Pending:
+        """Snapshot some rows of the buffer, to be resolved to :class:`Routes`.
+
+        Args:
+            buffer: whole or narrowed.
+            rows: how many of the first, or [n] int64 indices on the buffer's device.
+            token_ids: [>= n] input token of every row of the pass, where they are needed.
+        """
+        tensors = buffer.copies(rows)
+        if token_ids is not None:
+            tensors.append(copy_rows(token_ids, rows))
+        return self.copy(tensors, Routes)
+
+    @abstractmethod
+    def copy(self, tensors: list[Tensor], make: Callable[..., Any]) -> Pending:
+        """Copy tensors that nobody writes to any more; ``make`` is given their arrays."""
 
 
 class _HostPending(NamedTuple):
@@ -60,18 +73,12 @@ class _HostPending(NamedTuple):
         return self.arrays
 
 
-class HostSnapshotter:
-    """For a buffer in host memory: the clone is the snapshot."""
+class HostSnapshotter(Snapshotter):
+    """For a buffer in host memory: the tensors are the arrays."""
 
-    def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        ids = buffer.copy_ids(num_rows)
-        weights = buffer.copy_weights(num_rows)
-        tokens = None if token_ids is None else token_ids[:num_rows].clone().numpy()
-        routes = Routes(ids.numpy(), weights.numpy(), tokens)
-        return _HostPending(routes, ids.nbytes + weights.nbytes)
-
-    def take_array(self, tensor: Tensor) -> Pending:
-        return _HostPending(tensor.numpy(), tensor.nbytes)
+    def copy(self, tensors: list[Tensor], make: Callable[..., Any]) -> Pending:
+        arrays = make(*(item.numpy() for item in tensors))
+        return _HostPending(arrays, sum(item.nbytes for item in tensors))
 
 
 class CudaStreams:
@@ -80,18 +87,10 @@ class CudaStreams:
     Pinned blocks come from torch's caching host allocator.
     """
 
-    def current_stream(self) -> Any:
-        return torch.cuda.current_stream()
-
-    def new_stream(self) -> Any:
-        return torch.cuda.Stream()
-
-    def new_event(self) -> Any:
-        return torch.cuda.Event()
-
-    def use(self, stream: Any) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = torch.cuda.stream(stream)
-        return context
+    current_stream = staticmethod(torch.cuda.current_stream)
+    new_stream = torch.cuda.Stream
+    new_event = torch.cuda.Event
+    use = staticmethod(torch.cuda.stream)
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -101,11 +100,7 @@ class _StreamPending:
     """Keeps the device clones alive until the side stream has read them."""
 
     def __init__(
-        self,
-        clones: list[Tensor],
-        copies: list[Tensor],
-        event: Any,
-        make: Callable[..., Any],
+        self, clones: list[Tensor], copies: list[Tensor], event: Any, make: Callable[..., Any]
     ) -> None:
         self._make = make
         self._clones = clones
@@ -119,40 +114,23 @@ class _StreamPending:
         return self._make(*(item.numpy() for item in self._copies))
 
 
-def _routes(ids: Any, weights: Any, token_ids: Any = None) -> Routes:
-    return Routes(ids, weights, token_ids)
-
-
-def _only(array: Any) -> Any:
-    return array
-
-
-class StreamSnapshotter:
+class StreamSnapshotter(Snapshotter):
     """For a buffer in device memory: clone on the compute stream, copy to the host aside."""
 
     def __init__(self, api: CudaStreams) -> None:
         self._api = api
         self._side = api.new_stream()
 
-    def take(self, buffer: CaptureBuffer, num_rows: int, token_ids: Tensor | None) -> Pending:
-        clones = [buffer.copy_ids(num_rows), buffer.copy_weights(num_rows)]
-        if token_ids is not None:
-            clones.append(token_ids[:num_rows].clone())
-        return self._copy(clones, _routes)
-
-    def take_array(self, tensor: Tensor) -> Pending:
-        return self._copy([tensor], _only)
-
-    def _copy(self, clones: list[Tensor], make: Callable[..., Any]) -> Pending:
-        copies = [self._api.pinned_like(item) for item in clones]
+    def copy(self, tensors: list[Tensor], make: Callable[..., Any]) -> Pending:
+        copies = [self._api.pinned_like(item) for item in tensors]
         # The side stream may read the clones only after the compute stream has written them.
         self._side.wait_stream(self._api.current_stream())
         event = self._api.new_event()
         with self._api.use(self._side):
-            for copy, clone in zip(copies, clones, strict=True):
-                copy.copy_(clone, non_blocking=True)
+            for copy, tensor in zip(copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
             event.record(self._side)
-        return _StreamPending(clones, copies, event, make)
+        return _StreamPending(tensors, copies, event, make)
 
 
 #: Device type -> how to snapshot there. A type that is missing is refused at start.

@@ -78,16 +78,13 @@ class BufferChoices:
     def routes(
         self, num_rows: int, token_ids: Tensor | None, rows: npt.NDArray[Any] | None = None
     ) -> Pending:
-        if rows is None:
-            return self._snapshotter.take(self._buffer, num_rows, token_ids)
-        index = torch.from_numpy(rows).to(self._buffer.ids.device)
-        tokens = None if token_ids is None else token_ids[index]
-        return self._snapshotter.take(self._buffer.picked(index), len(rows), tokens)
+        wanted = num_rows if rows is None else torch.from_numpy(rows).to(self._buffer.ids.device)
+        return self._snapshotter.take(self._buffer, wanted, token_ids)
 
     def counts(self, num_rows: int) -> Pending:
         counts = self._counter.zeros()
         self._counter.add(counts, num_rows)
-        return self._snapshotter.take_array(counts)
+        return self._snapshotter.copy([counts], lambda array: array)
 
     def accumulator(self, lost: Lost) -> Accumulator:
         return BufferAccumulator(self._counter, lost)
