@@ -5,7 +5,7 @@ import contextlib
 import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import MoELayer
 from vllm.moe_routes.schema import FLAGS, PHASES, Record
 from vllm.moe_routes.writing.formats.linefile import Contents, refusal
-from vllm.moe_routes.writing.rows import PassRoutes, RowTable
+from vllm.moe_routes.writing.rows import PassRoutes
 
 #: A part is closed at this many rows, if no flush closes it earlier.
 PART_ROWS = 1 << 20
@@ -35,19 +35,6 @@ def _dataset() -> Any:
     return dataset
 
 
-class _GoodRows(NamedTuple):
-    """The good rows of one pass: arrays of T tokens, of R <= T * L rows.
-
-    ``good`` is [T, L], or None where every row is good.
-    """
-
-    forward_pass_id: int
-    rows: RowTable
-    good: npt.NDArray[Any] | None
-    topk_ids: npt.NDArray[Any]  # [R, K]
-    topk_weights: npt.NDArray[Any]  # [R, K]
-
-
 class ParquetDirectory:
     """A ``route_file.RouteFile``; ``bytes`` are those of the parts on disk."""
 
@@ -65,7 +52,8 @@ class ParquetDirectory:
         )
         self._id_type = self._columns.field("topk_ids").type.value_type.to_pandas_dtype()
         self._weight_type = np.dtype(weights)
-        self._passes: list[_GoodRows] = []
+        #: Of the waiting passes; their ids and weights are [R, K], of the R rows that are good.
+        self._passes: list[PassRoutes] = []
         self._requests: list[Record] = []
         self._rows = self._flagged = self._bytes = 0
         #: Contents of every part, after the first one, which holds the header.
@@ -91,19 +79,20 @@ class ParquetDirectory:
         return (num_rows + self._rows) * int(32 + self._top_k.max() * widest)
 
     def write_routes(self, routes: PassRoutes) -> None:
-        rows, good = routes.rows, None if routes.good.all() else routes.good
+        rows, good = routes.rows, routes.good
+        every = good.all()
         # Indexing and astype copy: the arrays may be a buffer that is used again.
         ids, weights = (
-            (item.reshape(-1, item.shape[2]) if good is None else item[good]).astype(kind)
+            (item.reshape(-1, item.shape[2]) if every else item[good]).astype(kind)
             for item, kind in (
                 (routes.topk_ids, self._id_type),
                 (routes.topk_weights, self._weight_type),
             )
         )
-        self._passes.append(_GoodRows(routes.forward_pass_id, rows, good, ids, weights))
+        self._passes.append(routes._replace(topk_ids=ids, topk_weights=weights))
         self._rows += len(ids)
         if rows.flags.any():
-            self._flagged += int(np.count_nonzero(routes.good[rows.flags != 0]))
+            self._flagged += int(np.count_nonzero(good[rows.flags != 0]))
         self._bytes += ids.nbytes + weights.nbytes
         if self._rows >= PART_ROWS or self._bytes >= PART_BYTES:
             self.flush()
@@ -149,7 +138,7 @@ class ParquetDirectory:
         if not self._rows:
             return self._columns.empty_table()
         passes = self._passes
-        token, slot = self._token_and_slot()
+        token, slot = np.nonzero(np.concatenate([item.good for item in passes]))
         tokens = [len(item.rows.req_ids) for item in passes]
         is_decode = np.concatenate([item.rows.is_decode for item in passes])
         flags = np.concatenate([item.rows.flags for item in passes])
@@ -173,22 +162,6 @@ class ParquetDirectory:
             labels(pa.array(flag_codes, mask=flag_codes < 0), list(FLAGS)),
         ]
         return pa.Table.from_arrays(columns, schema=self._columns)
-
-    def _token_and_slot(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """[R] each row's token, counted over the waiting passes, and [R] its layer's slot."""
-        num_layers = len(self._layer_ids)
-        total = sum(len(item.rows.req_ids) for item in self._passes)
-        if all(item.good is None for item in self._passes):
-            token = np.repeat(np.arange(total, dtype=np.int32), num_layers)
-            return token, np.tile(np.arange(num_layers, dtype=np.int16), total)
-        good = [
-            np.ones((len(item.rows.req_ids), num_layers), dtype=bool)
-            if item.good is None
-            else item.good
-            for item in self._passes
-        ]
-        found = np.nonzero(np.concatenate(good))
-        return found[0], found[1]
 
     def _lists(self, name: str, values: npt.NDArray[Any], slot: npt.NDArray[Any]) -> Any:
         """[R, K] as a list column; rows of a layer with a smaller top_k get shorter lists."""
