@@ -170,12 +170,12 @@ def check_sample(sample: int, mode: str) -> None:
         )
 
 
-def log_path(text: str, said_by: str = "route log ", mode: str | None = None) -> Path:
+def log_path(text: str, prefix: str = "route log ", mode: str | None = None) -> Path:
     """The absolute path of a log.
 
     Args:
         text: as given.
-        said_by: what stands before it in the message.
+        prefix: what stands before it in messages.
         mode: what is to be recorded there; None takes any.
 
     Raises:
@@ -184,17 +184,17 @@ def log_path(text: str, said_by: str = "route log ", mode: str | None = None) ->
     shown = text if len(text) <= 400 else f"{text[:80]}…"
     if not text.isprintable():  # bytes that are no UTF-8 are not printable either
         raise RouteLogError(
-            f"{said_by}{_short(text)} holds characters that no log's name may hold; name a file "
+            f"{prefix}{_short(text)} holds characters that no log's name may hold; name a file "
             "such as moe_routes.jsonl"
         )
     if mode == "per_pass" and not text.endswith(".jsonl"):
         raise RouteLogError(
-            f"{said_by}{shown} does not end in .jsonl, which mode per_pass writes; name a file "
+            f"{prefix}{shown} does not end in .jsonl, which mode per_pass writes; name a file "
             "such as passes.jsonl"
         )
     if not text.rstrip("/").endswith(SUFFIXES):  # a directory may be written with a slash
         raise RouteLogError(
-            f"{said_by}{shown} does not end in .jsonl or .parquet; name a file such as "
+            f"{prefix}{shown} does not end in .jsonl or .parquet; name a file such as "
             "moe_routes.jsonl"
         )
     return Path(text).absolute()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often every expert was chosen: the figures that all three modes add up to. Pure.
+"""How often every expert was chosen: the counts that all three modes add up to. Pure.
 
 A forward pass is a ``prefill`` pass when all its tokens are prompt tokens, a ``decode`` pass when
-all are generated ones, and ``mixed`` otherwise. Counts are kept by that, which the host knows
+all are generated ones, and ``mixed`` otherwise. Passes are counted by that, which the host knows
 without looking at the routes, so that no mode has to copy anything per token to tell them apart.
 They cover everything that was executed, recomputed and overrun rows included: that is the load.
 """

@@ -84,8 +84,8 @@ def describe(named_modules: Iterable[tuple[str, Any]]) -> list[MoELayer]:
     return layers
 
 
-def parse_selection(text: str, said_by: str = "VLLM_LOG_MOE_LAYERS=") -> set[int] | None:
-    """``"0,3-5"`` -> {0, 3, 4, 5}; ``"all"`` -> None. ``said_by`` stands before it in messages.
+def parse_selection(text: str, prefix: str = "VLLM_LOG_MOE_LAYERS=") -> set[int] | None:
+    """``"0,3-5"`` -> {0, 3, 4, 5}; ``"all"`` -> None. ``prefix`` begins messages.
 
     Raises:
         RouteLogError: the text is neither.
@@ -97,36 +97,36 @@ def parse_selection(text: str, said_by: str = "VLLM_LOG_MOE_LAYERS=") -> set[int
         match = _ITEM.fullmatch(item)
         if match is None:
             raise RouteLogError(
-                f"{said_by}{text[:80]!r}: {item[:80]!r} is no layer; use all, 0 or 0,3-5"
+                f"{prefix}{text[:80]!r}: {item[:80]!r} is no layer; use all, 0 or 0,3-5"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first > 10_000:
-            raise RouteLogError(f"{said_by}{text[:80]!r}: {item.strip()!r} is no range")
+            raise RouteLogError(f"{prefix}{text[:80]!r}: {item.strip()!r} is no range")
         chosen.update(range(first, last + 1))
     return chosen
 
 
 def select(
-    text: str, layers: Sequence[MoELayer], said_by: str = "VLLM_LOG_MOE_LAYERS="
+    text: str, layers: Sequence[MoELayer], prefix: str = "VLLM_LOG_MOE_LAYERS="
 ) -> list[MoELayer]:
     """The layers to record.
 
     Args:
         text: the selection.
         layers: the MoE layers of the whole model, of every pipeline stage.
-        said_by: where the selection comes from.
+        prefix: stands before the text in messages; says where it comes from.
 
     Raises:
         RouteLogError: a chosen layer is no MoE layer of the model.
     """
-    chosen = parse_selection(text, said_by)
+    chosen = parse_selection(text, prefix)
     if chosen is None:
         return list(layers)
     unknown = sorted(chosen - {item.layer for item in layers})
     if unknown:
         known = ",".join(str(item.layer) for item in layers)
         raise RouteLogError(
-            f"{said_by}{text[:80]!r}: layer {unknown[0]} is no MoE layer of this model; "
+            f"{prefix}{text[:80]!r}: layer {unknown[0]} is no MoE layer of this model; "
             f"its MoE layers are {known}"
         )
     return [item for item in layers if item.layer in chosen]

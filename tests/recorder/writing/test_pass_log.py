@@ -60,7 +60,7 @@ def test_the_end_record_has_the_sum_of_all_passes(log: PassLog) -> None:
     assert end["expert_counts"] == wanted.tolist()
     assert (end["rows"], end["passes"], end["tokens"]["prefill"]) == (20, 4, 10)
     assert end["self_check"]["verdict"] == "pass"
-    assert log.totals()["bytes"] == log.path.stat().st_size
+    assert log.counters()["bytes"] == log.path.stat().st_size
 
 
 def test_a_dropped_pass_has_no_line_and_is_counted(log: PassLog) -> None:

@@ -85,7 +85,7 @@ def test_a_recording_ends_before_its_bound_and_says_why(
     for step in steps:
         log.consume(step)
     log.close("stop")
-    lines, totals = read_lines(path), log.totals()
+    lines, totals = read_lines(path), log.counters()
     end = lines[-1]
     assert path.stat().st_size <= limit
     assert end["type"] == "end"
@@ -153,7 +153,7 @@ def test_per_pass_logs_keep_to_the_bound(
     log.close("stop")
     lines = [line for path in log.files for line in read_lines(path)]
     assert all(path.stat().st_size <= limit for path in folder.iterdir())
-    totals = log.totals()
+    totals = log.counters()
     assert totals["rows"] + totals["rows_past_end"] == _rows(steps)
     assert (totals["rows_past_end"] > 0) == log.over
     assert len(_of_type(lines, "pass")) == totals["passes"]

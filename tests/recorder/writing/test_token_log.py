@@ -225,7 +225,7 @@ def test_steps_that_come_too_late_are_counted(log: Path) -> None:
     opened = _open(log)
     opened.lose(_pass(("a-00000000", 0, 3, 3)))
     opened.lose(a_step(finished=["a-00000000"]))
-    assert opened.totals()["drops"]["write_error"] == 3 * len(LAYERS)
+    assert opened.counters()["drops"]["write_error"] == 3 * len(LAYERS)
 
 
 def test_giving_up_keeps_what_was_written_and_writes_no_end(log: Path) -> None:

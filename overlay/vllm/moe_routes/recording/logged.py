@@ -98,7 +98,7 @@ class LoggedRecording(Recording):
         return {
             "path": str(self._log.path),
             "files": [str(path) for path in self._log.files],
-            "so_far": self._log.totals(),
+            "so_far": self._log.counters(),
             "waiting_bytes": self._writer.waiting_bytes,
             "waiting_passes": self._writer.waiting_steps,
             "self_check": end["self_check"] if end else self._log.verdict(),

@@ -33,18 +33,15 @@ def at_exit(call: Callable[[], None]) -> Callable[[], None]:
     return Finalize(None, call, exitpriority=0).cancel
 
 
-def watch(on_signal: Callable[[], None]) -> bool:
+def watch(on_signal: Callable[[], None]) -> None:
     """Call ``on_signal`` on a thread of its own when this process gets SIGTERM or SIGINT.
 
     Handlers stay as they are. Only in processes that vLLM started: a user's own process keeps its
     wake-up descriptor, which asyncio may want, and is not killed seconds later.
-
-    Returns:
-        Whether it is watched.
     """
     is_child = multiprocessing.parent_process() is not None
     if not is_child or threading.current_thread() is not threading.main_thread():
-        return False
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -52,10 +49,9 @@ def watch(on_signal: Callable[[], None]) -> bool:
         signal.set_wakeup_fd(before)
         os.close(reader)
         os.close(writer)
-        return False
+        return
     arguments = (reader, on_signal)
     threading.Thread(target=_run, args=arguments, name="moe-routes-exit", daemon=True).start()
-    return True
 
 
 def _run(reader: int, on_signal: Callable[[], None]) -> None:

@@ -102,7 +102,7 @@ class OpenLog(ABC):
         """Remove the log: nothing was recorded in it."""
         self._file.discard()
 
-    def totals(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         """The counters as they stand; may be read from any thread."""
         return {
             "rows": self.rows,
@@ -135,9 +135,9 @@ class OpenLog(ABC):
     def _make_end(self, reason: str, facts: Record) -> Record:
         if self._abandoned:
             self._count_durable()
-        told = {"type": END, "reason": reason, **facts, **self.totals(), **self._sums()}
-        told |= {"self_check": self.verdict(), "end_time": now()}
-        end = {key: told[key] for key in sorted(told, key=END_KEYS.index)}
+        known = {"type": END, "reason": reason, **facts, **self.counters(), **self._sums()}
+        known |= {"self_check": self.verdict(), "end_time": now()}
+        end = {key: known[key] for key in sorted(known, key=END_KEYS.index)}
         self.end = {key: value for key, value in end.items() if key != "expert_counts"}
         return end
 

@@ -102,7 +102,7 @@ class RotatingLog:
         """The last file's end record with the counters of all files, once it is made."""
         if self.current.end is None or len(self._logs) == 1:
             return self.current.end
-        return {**self.current.end, **self.totals(), "self_check": self.verdict()}
+        return {**self.current.end, **self.counters(), "self_check": self.verdict()}
 
     def counts(self) -> npt.NDArray[np.int64]:
         """[3, L, width] of all files."""
@@ -111,10 +111,12 @@ class RotatingLog:
             counts += log.counts.counts
         return counts
 
-    def totals(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         """The counters as they stand, of all files; may be read from any thread."""
-        totals = _sum([log.totals() for log in self._logs])
-        return {**totals, "rows_past_end": self._rows_past_end}
+        return {
+            **_sum([log.counters() for log in self._logs]),
+            "rows_past_end": self._rows_past_end,
+        }
 
     def verdict(self) -> Verdict:
         """The self-check as it stands, of all files."""
@@ -126,7 +128,7 @@ class RotatingLog:
         if not self._rotate:
             self.current.close("max_bytes")
             self.over = True
-        elif self.current.totals()["passes"]:  # a single pass past the bound has a file to itself
+        elif self.current.counters()["passes"]:  # a single pass past the bound has a file to itself
             self._next_file()
 
     def _next_file(self) -> None:

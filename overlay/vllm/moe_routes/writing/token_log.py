@@ -100,9 +100,9 @@ class TokenLog(OpenLog):
             self._end_requests(self._book.finish_all(), finished=False)
         super().close(reason, **facts)
 
-    def totals(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         return {
-            **super().totals(),
+            **super().counters(),
             "rows_flagged": self.rows_flagged,
             "requests": self.requests,
             "cached_tokens": self.cached_tokens,

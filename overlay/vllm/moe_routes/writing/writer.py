@@ -52,11 +52,16 @@ def _leave_the_engines_core() -> None:
         os.sched_setaffinity(0, cores)
 
 
+def _size(step: Step) -> int:
+    """Bytes that a step takes in the queue: those of its routes or counts."""
+    return 0 if step.pending is None else step.pending.nbytes
+
+
 class Writer:
     """Feeds steps to a sink on a thread of its own.
 
-    A sink's error never reaches the engine: recording stops, the error is kept in :attr:`error`
-    and every later step is counted as lost. The sink still gets the chance to say so in its end.
+    A sink's error never reaches the engine: recording stops, :attr:`error` says why, and every
+    later step is counted as lost. The sink may still write that into its end record.
 
     Args:
         sink: receives the steps in order.
@@ -108,7 +113,7 @@ class Writer:
 
     def put(self, step: Step) -> None:
         """Queue a step. Called on the engine thread."""
-        size = step.pending.nbytes if step.pending is not None else 0
+        size = _size(step)
         with self._changed:
             if self._block:
                 if not self._has_room(size):
@@ -169,11 +174,13 @@ class Writer:
         return self._ended
 
     def fail(self, error: Exception) -> None:
-        """Stop writing, for good, because a step could not be taken."""
+        """Stop writing, for good: a step could not be taken or written. Called on any thread."""
         with self._changed:
             if self.error is None:
                 self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
-                logger.error("Recording stopped; generation goes on. %s", self.error)
+                logger.error(
+                    "Recording stopped; generation goes on. %s", self.error, exc_info=error
+                )
             self._changed.notify_all()
 
     def _has_room(self, size: int) -> bool:
@@ -223,7 +230,7 @@ class Writer:
                 flush_at = self._flush(flush_at or time.monotonic() + self._flush_seconds)
                 with self._changed:
                     self._steps.popleft()
-                    self._waiting_bytes -= step.pending.nbytes if step.pending is not None else 0
+                    self._waiting_bytes -= _size(step)
                     self._changed.notify_all()
                 del step  # else the last pass stays in memory while nothing comes
             if num_steps == 0 and closing is not None:
@@ -257,8 +264,7 @@ class Writer:
             action()
             return True
         except Exception as error:  # whatever it is, the engine must go on
-            self.error = f"route log {self._sink.path}: {type(error).__name__}: {error}"
-            logger.exception("Recording stopped; generation goes on. %s", self.error)
+            self.fail(error)
             self._abandon()
             return False
 
@@ -269,16 +275,16 @@ class Writer:
         try:
             self._sink.abandon()
         except Exception:  # this thread must go on: a full queue would block the engine for ever
-            logger.exception("%s: its figures may be wrong", self._sink.path)
+            logger.exception("%s: its counters may be wrong", self._sink.path)
 
     def _end_abandoned(self) -> None:
-        """Say in the file what was lost, if it can still be said."""
+        """Write into the file what was lost, if it can still be written."""
         self._abandon()
         try:
             self._sink.close("error", error=self.error)
         except Exception as error:
             logger.error(
-                "%s has no end record (%s: %s); the figures stand in the status only",
+                "%s has no end record (%s: %s); its counters stand in the status only",
                 self._sink.path,
                 type(error).__name__,
                 error,

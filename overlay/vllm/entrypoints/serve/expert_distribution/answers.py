@@ -98,7 +98,7 @@ def full(replies: Sequence[Reply]) -> dict[str, Any]:
 
 
 def recording_workers(replies: Sequence[Reply]) -> list[Reply]:
-    """Those that hold figures. Tensor-parallel copies hold none, so nothing is counted twice."""
+    """Those that hold counts. Tensor-parallel copies hold none, so nothing is counted twice."""
     return [r for r in replies if "counts" in r]
 
 

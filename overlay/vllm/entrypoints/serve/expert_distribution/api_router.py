@@ -179,7 +179,7 @@ async def expert_distribution_status(request: Request) -> Response:
 
 
 async def expert_distribution_page() -> Response:
-    """The live page. It holds no figures: its script asks the routes above, with the key."""
+    """The live page. It holds no data: its script asks the routes above, with the key."""
     text = await run_in_threadpool(PAGE.read_bytes)
     return Response(text, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-#: A scrape is not kept waiting longer; it then shows the figures of the one before.
+#: A scrape is not kept waiting longer; it then shows the values of the one before.
 SCRAPE_SECONDS = 2.0
 
 
@@ -29,7 +29,7 @@ class Series:
     def __init__(self, per_layer: bool, registry: CollectorRegistry = REGISTRY) -> None:
         def gauge(name: str, help_text: str, *labels: str) -> Gauge:
             name = f"vllm:moe_routes_{name}"
-            # Several API servers of one engine all show what the one asked last was told.
+            # Several API servers of one engine all show the latest value that any of them got.
             return Gauge(name, help_text, labels, registry=registry, multiprocess_mode="mostrecent")
 
         self.recording = gauge("recording", "1 while a recording of MoE routes runs.")
@@ -41,7 +41,7 @@ class Series:
         self.layers = gauge("layer_max_over_mean", help_text, "layer") if per_layer else None
 
     def show(self, replies: list[Reply]) -> None:
-        """Take over what the workers say.
+        """Show the workers' answers.
 
         Args:
             replies: their answers to ``dump``.
@@ -88,7 +88,7 @@ class RefreshOnScrape:
             self._series.show(await asyncio.wait_for(self._ask(), SCRAPE_SECONDS))
         except (ApiError, asyncio.TimeoutError) as error:
             reason = str(error) or f"no answer within {SCRAPE_SECONDS:g} s"
-            logger.warning("/metrics shows older figures of the route recorder: %s", reason)
+            logger.warning("/metrics shows older values of the route recorder: %s", reason)
 
     async def _ask(self) -> list[Reply]:
         async with engines_of(self._state) as engines:

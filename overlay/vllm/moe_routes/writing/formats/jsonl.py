@@ -87,7 +87,9 @@ class JsonlFile:
         self._file.close()
 
     def abandon(self) -> None:
-        with contextlib.suppress(Exception):  # the error before it is told, and these rows counted
+        with contextlib.suppress(
+            Exception
+        ):  # the first error was reported; these rows are counted
             self._make_lines()
         self._file.cut_back()
 
@@ -176,9 +178,9 @@ def _tails(forward_pass_id: int) -> list[bytes]:
     """What follows the weights, by ``is_decode + 2 * flag``."""
     tails = []
     for flag in Flag:
-        told = f',{_FLAG}"{flag.name.lower()}"' if flag else ""
+        mark = f',{_FLAG}"{flag.name.lower()}"' if flag else ""
         tails += [
-            f',{_PHASE}"{phase}",{_PASS_ID}{forward_pass_id}{told}}}\n'.encode() for phase in PHASES
+            f',{_PHASE}"{phase}",{_PASS_ID}{forward_pass_id}{mark}}}\n'.encode() for phase in PHASES
         ]
     return tails
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parquet: rows are kept as arrays and written part by part; no loop over rows."""
+"""Parquet: rows wait as arrays and are written part by part; no loop over rows."""
 
 import contextlib
 import errno
@@ -111,7 +111,9 @@ class ParquetDirectory:
         self._write_part(end)
 
     def abandon(self) -> None:
-        with contextlib.suppress(Exception):  # the error before it is told, and these rows counted
+        with contextlib.suppress(
+            Exception
+        ):  # the first error was reported; these rows are counted
             self.flush()
         self._forget()
 
@@ -172,5 +174,5 @@ class ParquetDirectory:
             return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
         top_k = self._top_k[slot]
         offsets = np.concatenate([[0], np.cumsum(top_k)]).astype(np.int32)
-        kept = values[np.arange(values.shape[1]) < top_k[:, None]]
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept), type=kind)
+        filled = values[np.arange(values.shape[1]) < top_k[:, None]]
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(filled), type=kind)
