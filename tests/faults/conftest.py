@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults: what may go wrong beside a recorder that runs for days."""
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import tests.recorder.conftest  # noqa: F401  puts this checkout's recorder firs
 from vllm.moe_routes import recorder
 from vllm.moe_routes.recording import provenance
 
+from tests.faults.load import group
 from tests.faults.table import TABLE, Row, as_lines
-from tests.faults.victim import group
 
 
 @pytest.fixture(autouse=True)

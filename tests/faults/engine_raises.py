@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real engine whose model raises on a given forward pass.
 
 Usage: python -m tests.faults.engine_raises MODEL LOG WHERE, WHERE being "here" (the engine runs in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every fault test in its long form: python -m tests.faults.full [options of pytest]
 
 More kills, examples, rows and starts of engines than ``tests/run.sh`` takes; about half an hour on

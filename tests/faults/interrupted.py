@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A worker that a signal handler's SystemExit meets while it closes its recording.
 
 Usage: python -m tests.faults.interrupted LOG METHOD, METHOD being how the worker's process is
@@ -13,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from tests.faults.victim import Load, group
+from tests.faults.load import Load, group
 
 # isort: split
 from vllm.moe_routes import recorder

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clients of a real server, who notice when it is gone."""
 
 from __future__ import annotations

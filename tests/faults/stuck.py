@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A worker whose main thread waits in a collective for a rank that is gone: signals don't reach it.
 
 Usage: python -m tests.faults.stuck LOG STORE. Starts two processes as vLLM starts its workers. The
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.victim import Load, group
+from tests.faults.load import Load, group
 
 # isort: split
 import torch

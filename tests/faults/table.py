@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fault table: what the tests observed, and that nothing is missing from it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The disk fails: generation goes on, and the rows still add up."""
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.recorder import control
 from vllm.moe_routes.writing.formats.linefile import LineFile
 
+from tests.faults.load import Load, arm
 from tests.faults.table import FULL, Row, end_of, left_out, lost, note, routes_in
-from tests.faults.victim import Load, arm
 from tests.support.build import QUICK
 
 pytestmark = pytest.mark.timeout(240)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults beside a real engine."""
 
 from __future__ import annotations
@@ -90,9 +91,9 @@ def test_an_engine_on_a_full_disk_generates_on(
     assert sound is not None and sound["rows"] == tokens[1] * LAYERS
 
 
-def _victim(model: Path, log: Path, how: str, seconds: float) -> float:
+def _engine_process(model: Path, log: Path, how: str, seconds: float) -> float:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.engine_victim", str(model), str(log), how,
+        [sys.executable, "-m", "tests.faults.engine_process", str(model), str(log), how,
          str(seconds)],
         cwd=REPO,
         env={k: v for k, v in os.environ.items() if not k.startswith("VLLM_LOG_MOE")},
@@ -111,7 +112,7 @@ def test_an_engine_that_vllm_shuts_down_under_load_ends_its_log(
 ) -> None:
     for i in range(ENDINGS):
         log = tmp_path / f"{i}.jsonl"
-        seconds = _victim(model, log, "shutdown", 0.37 * i)
+        seconds = _engine_process(model, log, "shutdown", 0.37 * i)
         end = end_of(log)
         assert end is not None, f"no end record; vLLM gave it {seconds:.1f} s"
         assert end["reason"] == "shutdown"
@@ -129,7 +130,7 @@ def test_an_engine_that_vllm_shuts_down_under_load_ends_its_log(
 def test_an_engine_that_is_killed_leaves_what_was_flushed(model: Path, tmp_path: Path) -> None:
     for i in range(ENDINGS):
         log = tmp_path / f"{i}.jsonl"
-        _victim(model, log, "kill", 0.37 * i)
+        _engine_process(model, log, "kill", 0.37 * i)
         check_cut(log, 1, LAYERS)
 
 

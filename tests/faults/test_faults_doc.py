@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/faults.md: its sums fit, its tests exist, and it names every fault that the tests note."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that nobody meant: every reader answers with figures or with one line, and soon."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command line of the project, given words that nobody meant: one line, and soon."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies beside a log, and every script that reads one, given bytes and values nobody meant."""
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def a_log_of_passes(folder: Path) -> Path:
 
     from vllm.moe_routes.recorder import control
 
-    from tests.faults.victim import Load, arm
+    from tests.faults.load import Load, arm
 
     path = folder / "passes.jsonl"
     path.unlink(missing_ok=True)

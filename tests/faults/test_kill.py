@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Killed at any moment: what was flushed is readable, the cut is named, no name is used twice."""
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import pytest
 from vllm.moe_routes.errors import RouteLogError
 
 from expert_profiler.log.route_log import open_log
+from tests.faults.load import arm
 from tests.faults.table import FULL, Row, end_of, lost, note, routes_in
-from tests.faults.victim import arm
 from tests.support.paths import REPO
 
 pytestmark = pytest.mark.timeout(600)
@@ -24,12 +25,12 @@ KILLS = 40 if FULL else 4
 FLUSH_SECONDS = 0.05
 
 
-class Victims:
+class RecorderProcesses:
     """Recorders in processes of their own, forked from one that has imported everything."""
 
     def __init__(self) -> None:
-        self._nursery = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"],
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.forked_recorders"],
             cwd=REPO,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -42,10 +43,10 @@ class Victims:
         told = log.with_name(log.name + ".told")
         words = [str(log), str(told), str(seconds), str(int(how))]
         words += [f"{name}={value}" for name, value in switches.items()]
-        assert self._nursery.stdin is not None and self._nursery.stdout is not None
-        self._nursery.stdin.write("\t".join(words) + "\n")
-        self._nursery.stdin.flush()
-        for line in self._nursery.stdout:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\t".join(words) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
             if line.startswith("ended "):
                 break
         whole = told.read_bytes().rpartition(b"\n")[0].decode()
@@ -53,14 +54,14 @@ class Victims:
         return [(float(t), int(n)) for t, n in (line.split() for line in whole.splitlines())]
 
     def close(self) -> None:
-        assert self._nursery.stdin is not None
-        self._nursery.stdin.close()
-        self._nursery.wait(60)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
 
 
 @pytest.fixture(scope="module")
-def victims():  # type: ignore[no-untyped-def]
-    running = Victims()
+def recorders():  # type: ignore[no-untyped-def]
+    running = RecorderProcesses()
     yield running
     running.close()
 
@@ -71,11 +72,11 @@ def _moments(n: int) -> list[float]:
 
 
 def test_kill_9_at_any_moment_loses_what_was_not_flushed_and_nothing_else(
-    victims: Victims, tmp_path: Path
+    recorders: RecorderProcesses, tmp_path: Path
 ) -> None:
     for i, seconds in enumerate(_moments(KILLS)):
         log = tmp_path / f"{i}.jsonl"
-        told = victims.run(
+        told = recorders.run(
             log, seconds, signal.SIGKILL, VLLM_LOG_MOE_FLUSH_SECONDS=str(FLUSH_SECONDS)
         )
         executed = told[-1][1] if told else 0
@@ -94,23 +95,27 @@ def test_kill_9_at_any_moment_loses_what_was_not_flushed_and_nothing_else(
         assert log.read_bytes() == before, "never appended to"
 
 
-def test_what_a_flush_handed_over_survives_the_kill(victims: Victims, tmp_path: Path) -> None:
+def test_what_a_flush_handed_over_survives_the_kill(
+    recorders: RecorderProcesses, tmp_path: Path
+) -> None:
     """Rows older than the flush interval, and the time a busy machine takes, are in the file."""
     slack = 1.0
     for i in range(KILLS):
         log = tmp_path / f"{i}.jsonl"
-        told = victims.run(log, slack + 0.8, signal.SIGKILL, VLLM_LOG_MOE_FLUSH_SECONDS="0.05")
+        told = recorders.run(log, slack + 0.8, signal.SIGKILL, VLLM_LOG_MOE_FLUSH_SECONDS="0.05")
         killed = told[-1][0]
         old = [n for t, n in told if t < killed - FLUSH_SECONDS - slack]
         assert old, "the run was long enough to tell"
         assert routes_in(log) >= old[-1]
 
 
-def test_a_killed_parquet_log_holds_whole_parts_only(victims: Victims, tmp_path: Path) -> None:
+def test_a_killed_parquet_log_holds_whole_parts_only(
+    recorders: RecorderProcesses, tmp_path: Path
+) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     for i, seconds in enumerate(_moments(max(2, KILLS // 4))):
         log = tmp_path / f"{i}.parquet"
-        told = victims.run(log, seconds + 0.3, signal.SIGKILL, PART_ROWS="3000")
+        told = recorders.run(log, seconds + 0.3, signal.SIGKILL, PART_ROWS="3000")
         held = sum(pq.read_table(part).num_rows for part in log.glob("*.parquet"))
         executed = max(told[-1][1], held)
         note(Row("kill -9, Parquet", 1, executed, held, held, executed - held))
@@ -124,12 +129,12 @@ def test_a_killed_parquet_log_holds_whole_parts_only(victims: Victims, tmp_path:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_ends_the_process_ends_the_log(
-    victims: Victims, tmp_path: Path, how: signal.Signals
+    recorders: RecorderProcesses, tmp_path: Path, how: signal.Signals
 ) -> None:
     """In a process that turns it into an exit, as vLLM's workers do; in the middle of a pass."""
     for i, seconds in enumerate(_moments(KILLS)):
         log = tmp_path / f"{i}.jsonl"
-        told = victims.run(log, 0.05 + seconds / 2, how)
+        told = recorders.run(log, 0.05 + seconds / 2, how)
         end = end_of(log)
         assert end is not None and end["reason"] == "shutdown"
         held = routes_in(log)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A day at a server, compressed: memory, files and threads stay flat."""
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 from vllm.moe_routes.recorder import control
 
+from tests.faults.load import Load, arm
 from tests.faults.table import FULL, Row, left_out, lost, note
-from tests.faults.victim import Load, arm
 
 pytestmark = pytest.mark.timeout(3000)
 

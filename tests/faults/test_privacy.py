@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a route log may hold of a request: its id and lengths, and nothing of its text."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 from vllm.moe_routes.recorder import control
 
-from tests.faults.victim import Load, arm
+from tests.faults.load import Load, arm
 from tests.support.build import read_lines
 
 #: Everything that a line may say; a new key needs a look at what it gives away.

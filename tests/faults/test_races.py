@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Started and stopped at any moment, by many, in one directory."""
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import pytest
 from vllm.moe_routes.errors import ConflictError
 from vllm.moe_routes.recorder import control
 
+from tests.faults.load import Load, arm
 from tests.faults.table import FULL, Row, end_of, left_out, lost, note, routes_in
-from tests.faults.victim import Load, arm
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real ``vllm serve`` that is killed or interrupted under load."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patch touches the files of its own list and nothing else; the locks pin every byte."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test this checkout's recorder, whatever copy is installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the three modes add up to: counted twice, on the host and where the buffer lies."""
 
 from __future__ import annotations

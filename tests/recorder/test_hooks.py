@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the patched vLLM files call."""
 
 from __future__ import annotations

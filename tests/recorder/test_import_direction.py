@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports in the recorder run one way, and no two modules of a room import each other.
 
 Read from the source, so that an import inside a function counts too.

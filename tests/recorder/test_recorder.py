@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorder on a stand-in for the model runner: real passes, and what it is told to do."""
 
 from __future__ import annotations

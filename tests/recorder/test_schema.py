@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the recorder writes is what the schema says, and the schema loads without vLLM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routes reach every engine of a data-parallel ``vllm serve``."""
 
 from __future__ import annotations

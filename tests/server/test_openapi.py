@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Made-up requests against the documented routes: no crash, no escape, nothing undocumented."""
 
 from __future__ import annotations

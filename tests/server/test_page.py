@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The live page in a real browser, against a stand-in for the server."""
 
 from __future__ import annotations

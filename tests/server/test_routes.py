@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every route, over real recorders: what it answers, and what it refuses."""
 
 from __future__ import annotations

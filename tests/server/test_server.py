@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routes and the page on a real ``vllm serve``, with completions of the official client."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small makers of layers, steps and routes."""
 
 from __future__ import annotations

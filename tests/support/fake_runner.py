@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for the model runner that makes up requests and lets their passes through."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for the expert-distribution API, without vLLM: what the live page is built against.
 
 It speaks the JSON of the real routes over invented routing, with the page's own Content-Security-

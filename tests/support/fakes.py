@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines whose workers are real recorders on stand-in runners, behind a real application."""
 
 from __future__ import annotations

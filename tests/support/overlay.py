@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test this checkout's recorder, whatever copy is installed.
 
 The recorder is a part of the package ``vllm``, so that package is loaded here once, with the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device whose streams run when a test says so, in any order that real ones could run in.
 
 Inside ``with device:`` every kernel is put on the current stream's list instead of being run;

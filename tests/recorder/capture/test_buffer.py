@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The op in the hot path: what it writes, and what it may not do."""
 
 from __future__ import annotations

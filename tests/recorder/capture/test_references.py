@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choices that an eager pass keeps are those that the op would have written."""
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllm.moe_routes.counts import PassTokens, Shape
 from vllm.moe_routes.recording import provenance
 from vllm.moe_routes.recording.choices import BufferChoices, Choices
 
-from tests.faults.victim import arm, group
+from tests.faults.load import arm, group
 from tests.support.build import QUICK, a_layer
 from tests.support.fake_runner import INDICES
 

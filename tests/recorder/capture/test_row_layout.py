@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every real row lands at its own place, however vLLM spreads a pass over ranks and calls.
 
 The spreading is vLLM's own code: ``FusedMoE.forward_impl`` and ``forward_impl_chunked`` on a

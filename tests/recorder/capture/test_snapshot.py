@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The snapshot of a pass survives the passes after it."""
 
 from __future__ import annotations

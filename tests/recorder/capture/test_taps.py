@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Under EPLB the log holds logical ids, whatever replicas a router sends its tokens to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands to the recorder of a stand-in runner."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recorder that is armed by the API: nothing recorded yet."""
 
 from __future__ import annotations

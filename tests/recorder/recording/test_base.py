@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every mode does beside the pass that works."""
 
 from __future__ import annotations

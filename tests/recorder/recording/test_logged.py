@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recordings with a log: waiting for it, who may start, what is refused."""
 
 from __future__ import annotations

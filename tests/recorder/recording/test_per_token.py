@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ends a request, as the mode per_token takes it."""
 
 from __future__ import annotations

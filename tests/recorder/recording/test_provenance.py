@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the header says of where the numbers come from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which file a rank writes, and the names of all ranks' files."""
 
 from __future__ import annotations

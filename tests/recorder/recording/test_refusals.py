@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is refused at start, in which words, and that nothing else is."""
 
 from __future__ import annotations

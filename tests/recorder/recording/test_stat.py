@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mode that only adds counts up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A .parquet log holds what the .jsonl log of the same passes holds, and any reader can open it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The file of a line a pass, and the clocks that time its passes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bound on a file's size, rotation, and sampling: what is left out is left out on purpose."""
 
 from __future__ import annotations

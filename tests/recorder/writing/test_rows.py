@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which request, position and phase a row of the buffer belongs to.
 
 The big tests run a scheduler of their own that knows, token by token, what it does; the recorder

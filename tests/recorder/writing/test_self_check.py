@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is checked of every recorded row."""
 
 from __future__ import annotations

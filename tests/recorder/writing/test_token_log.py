@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One recording is one file, from its header to its end record."""
 
 from __future__ import annotations

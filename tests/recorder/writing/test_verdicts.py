@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict on a recording, and the checks that it adds up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The queue and the thread behind it."""
 
 from __future__ import annotations

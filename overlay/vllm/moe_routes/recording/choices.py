@@ -19,7 +19,7 @@ class Accumulator(Protocol):
     """Counts of passes, added up by mode of the pass."""
 
     def add(self, tokens: PassTokens) -> None:
-        """Add the pass that just ran, now or later; what can't be counted is told to ``lost``."""
+        """Add the pass that just ran, now, or later: then ``lost`` gets what can't be counted."""
 
     def read(self) -> npt.NDArray[np.int64]:
         """[3, L, width] of every pass so far."""
@@ -87,7 +87,7 @@ class BufferChoices:
         return self._snapshotter.copy([counts], lambda array: array)
 
     def accumulator(self, lost: Lost) -> Accumulator:
-        return BufferAccumulator(self._counter, lost)
+        return BufferAccumulator(self._counter)  # it counts at once, and may raise
 
 
 class BufferAccumulator:
@@ -95,19 +95,14 @@ class BufferAccumulator:
 
     Args:
         counter: of the buffer.
-        lost: told of passes that can't be counted.
     """
 
-    def __init__(self, counter: Counter, lost: Lost) -> None:
+    def __init__(self, counter: Counter) -> None:
         self._counter = counter
         self._counts = counter.zeros(len(FORWARD_MODES))
-        self._lost = lost
 
     def add(self, tokens: PassTokens) -> None:
-        try:
-            self._counter.add(self._counts[tokens.forward_mode], tokens.total)
-        except Exception as error:  # the engine must go on
-            self._lost(tokens, error)
+        self._counter.add(self._counts[tokens.forward_mode], tokens.total)
 
     def read(self) -> npt.NDArray[np.int64]:
         # Waits for the passes in flight, for no longer than one of them takes.

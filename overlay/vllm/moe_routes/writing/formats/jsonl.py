@@ -87,9 +87,7 @@ class JsonlFile:
         self._file.close()
 
     def abandon(self) -> None:
-        with contextlib.suppress(
-            Exception
-        ):  # the first error was reported; these rows are counted
+        with contextlib.suppress(Exception):  # the first error was reported; these rows are counted
             self._make_lines()
         self._file.cut_back()
 

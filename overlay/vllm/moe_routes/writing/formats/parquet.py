@@ -111,9 +111,7 @@ class ParquetDirectory:
         self._write_part(end)
 
     def abandon(self) -> None:
-        with contextlib.suppress(
-            Exception
-        ):  # the first error was reported; these rows are counted
+        with contextlib.suppress(Exception):  # the first error was reported; these rows are counted
             self.flush()
         self._forget()
 

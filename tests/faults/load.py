@@ -1,12 +1,8 @@
-"""A recorder on the stand-in runner, in a process of its own that may be killed at any moment.
-
-Usage: python -m tests.faults.victim LOG [NAME=VALUE …]; prints the rows executed so far, a line a
-pass, until somebody ends it.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""Load on a recorder: requests that come and go on the stand-in runner."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +12,6 @@ import tests.recorder.conftest  # noqa: F401  puts this checkout's recorder firs
 # isort: split
 from vllm.moe_routes import recorder
 from vllm.moe_routes.config import RouteLogConfig
-from vllm.moe_routes.recording import provenance
 
 from tests.support.fake_runner import INDICES, FakeRunner
 
@@ -68,20 +63,3 @@ class Load:
             self._runner.requests.pop(raw_id, None)
         self.tokens += sum(n for _, n, _ in rows)
         self.rows = self.tokens * len(INDICES)
-
-
-def main() -> int:
-    recorder.get_pp_group = recorder.get_tp_group = group
-    provenance.patch_id = lambda: "0123abcd"
-    path, switches = Path(sys.argv[1]), dict(item.split("=", 1) for item in sys.argv[2:])
-    config = RouteLogConfig.from_env({"VLLM_LOG_MOE": str(path), **switches})
-    runner = FakeRunner()
-    runner.moe_routes = recorder.Recorder(config, runner)  # type: ignore[arg-type]
-    load = Load(runner)
-    while True:
-        load.step()
-        print(load.rows, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

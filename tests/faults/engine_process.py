@@ -1,7 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real engine in processes of its own, under load, that is ended in a given way.
 
-Usage: python -m tests.faults.engine_victim MODEL LOG HOW SECONDS, HOW being "shutdown" (vLLM's own,
-which sends SIGTERM) or "kill" (SIGKILL of the engine's process). Prints how long it took.
+Usage: python -m tests.faults.engine_process MODEL LOG HOW SECONDS, HOW being "shutdown" (vLLM's
+own, which sends SIGTERM) or "kill" (SIGKILL of the engine's process). Prints how long it took.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forks recorders that are ended at a given moment; imports everything once.
 
 Reads lines of LOG, TOLD, SECONDS, SIGNAL and NAME=VALUE …, separated by tabs. The recorder runs
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.victim import Load, group
+from tests.faults.load import Load, group
 
 # isort: split
 from vllm.moe_routes import recorder
