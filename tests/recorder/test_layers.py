@@ -122,7 +122,7 @@ def test_two_layers_with_one_index_are_refused_by_name() -> None:
 
 
 def test_a_layer_describes_itself_as_the_header_shows_it() -> None:
-    assert list(a_layer(0).as_dict()) == [
+    assert list(a_layer(0)._asdict()) == [
         "layer",
         "name",
         "top_k",

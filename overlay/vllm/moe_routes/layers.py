@@ -4,16 +4,14 @@
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.moe_routes.errors import RouteLogError
 
 _ITEM = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
 
 
-@dataclass(frozen=True)
-class MoELayer:
+class MoELayer(NamedTuple):
     """One MoE layer.
 
     Attributes:
@@ -33,9 +31,6 @@ class MoELayer:
     source: str
     renormalize: bool
     scoring_func: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def layer_index(name: str) -> int:

@@ -14,8 +14,6 @@ from torch import Tensor
 from vllm.moe_routes.layers import MoELayer
 from vllm.utils.torch_utils import direct_register_custom_op
 
-WEIGHT_DTYPE = torch.float32
-
 
 def moe_routes_capture(
     ids: Tensor, weights: Tensor, topk_ids: Tensor, topk_weights: Tensor, row0: int, slot: int
@@ -113,7 +111,7 @@ def allocate(layers: Sequence[MoELayer], num_rows: int, device: torch.device) ->
     dtype = ids_dtype(max(item.num_experts for item in layers))
     buffer = CaptureBuffer(
         ids=torch.empty(shape, dtype=dtype, device=device),
-        weights=torch.zeros(shape, dtype=WEIGHT_DTYPE, device=device),
+        weights=torch.zeros(shape, dtype=torch.float32, device=device),
         not_an_id=255 if dtype == torch.uint8 else -1,
     )
     buffer.clear()

@@ -45,17 +45,13 @@ def patch_id() -> str:
     paths = {
         path.relative_to(root).as_posix()
         for path in added
-        if path.is_file() and not _is_cache(path)
+        if path.is_file() and "__pycache__" not in path.parts
     }
     lines = [
         f"{git_blob_id((root / path).read_bytes())} {path}\n"
         for path in sorted(paths.union(HOOKED_FILES))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _is_cache(path: Path) -> bool:
-    return "__pycache__" in path.parts
 
 
 def execution(config: VllmConfig) -> str:
@@ -82,7 +78,7 @@ def layer_facts(recorded: Sequence[MoELayer]) -> Record:
         "layers_logged": [item.layer for item in recorded],
         "top_k": max(item.top_k for item in recorded),
         "num_experts": max(item.num_experts for item in recorded),
-        "layers": [item.as_dict() for item in recorded],
+        "layers": [item._asdict() for item in recorded],
     }
 
 

@@ -37,16 +37,12 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(content, error.code, headers)
 
 
-def api_keys(app: FastAPI) -> list[str]:
-    """The server's keys, by vLLM's own rule: ``--api-key`` before ``VLLM_API_KEY``."""
-    return [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
-
-
 def install(app: FastAPI) -> None:
     """Prepare the check of keys: vLLM's own middleware guards ``/v1*`` only."""
     from vllm.entrypoints.openai.api_server import AuthenticationMiddleware
 
-    keys = api_keys(app)
+    # By vLLM's own rule: --api-key before VLLM_API_KEY.
+    keys = [key for key in (app.state.args.api_key or [envs.VLLM_API_KEY]) if key]
     # Compares hashes in constant time.
     app.state.moe_routes_auth = AuthenticationMiddleware(app, keys) if keys else None
 
