@@ -8,7 +8,7 @@ pass, and a side stream copies it to pinned memory while the next pass runs.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -30,18 +30,17 @@ class Routes(NamedTuple):
     token_ids: npt.NDArray[Any] | None = None
 
 
-class Pending(Protocol):
-    """A snapshot under way."""
+class Pending(NamedTuple):
+    """A snapshot under way.
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the arrays, in bytes."""
+    Attributes:
+        resolve: waits for the copy and returns it: ``Routes``, or counts [L, width] int64. Called
+            once; off the engine thread where it may have to wait.
+        nbytes: size of the arrays, in bytes.
+    """
 
-    def resolve(self) -> Any:
-        """Wait for the copy and return it: ``Routes`` of ``take``, what ``make`` made of ``copy``.
-
-        Called once; off the engine thread where it may have to wait.
-        """
+    resolve: Callable[[], Any]
+    nbytes: int
 
 
 class Snapshotter(ABC):
@@ -65,20 +64,12 @@ class Snapshotter(ABC):
         """Copy tensors that nobody writes to any more; ``make`` is given their arrays."""
 
 
-class _HostPending(NamedTuple):
-    arrays: Any
-    nbytes: int
-
-    def resolve(self) -> Any:
-        return self.arrays
-
-
 class HostSnapshotter(Snapshotter):
     """For a buffer in host memory: the tensors are the arrays."""
 
     def copy(self, tensors: list[Tensor], make: Callable[..., Any]) -> Pending:
         arrays = make(*(item.numpy() for item in tensors))
-        return _HostPending(arrays, sum(item.nbytes for item in tensors))
+        return Pending(lambda: arrays, sum(item.nbytes for item in tensors))
 
 
 class CudaStreams:
@@ -96,7 +87,7 @@ class CudaStreams:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
-class _StreamPending:
+class _StreamCopy:
     """Keeps the device clones alive until the side stream has read them."""
 
     def __init__(
@@ -106,7 +97,6 @@ class _StreamPending:
         self._clones = clones
         self._copies = copies
         self._event = event
-        self.nbytes = sum(item.nbytes for item in copies)
 
     def resolve(self) -> Any:
         self._event.synchronize()
@@ -130,7 +120,8 @@ class StreamSnapshotter(Snapshotter):
             for copy, tensor in zip(copies, tensors, strict=True):
                 copy.copy_(tensor, non_blocking=True)
             event.record(self._side)
-        return _StreamPending(tensors, copies, event, make)
+        size = sum(item.nbytes for item in copies)
+        return Pending(_StreamCopy(tensors, copies, event, make).resolve, size)
 
 
 #: Device type -> how to snapshot there. A type that is missing is refused at start.

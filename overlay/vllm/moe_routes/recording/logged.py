@@ -73,8 +73,10 @@ class LoggedRecording(Recording):
         self._writer.close(reason, 0)
 
     def begin(self, scheduler_output: Any) -> None:
+        before = self.passes_unfinished
         super().begin(scheduler_output)
-        self._log.passes_unfinished = self.passes_unfinished
+        if self.passes_unfinished != before:
+            self._log.passes_unfinished = self.passes_unfinished
 
     def _fail(self, error: Exception, num_scheduled_tokens: npt.NDArray[Any]) -> None:
         self._writer.fail(error)
