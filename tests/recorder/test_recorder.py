@@ -20,11 +20,12 @@ from vllm.forward_context import DPMetadata, ForwardContext, override_forward_co
 from vllm.moe_routes import recorder as module
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.recorder import attach, control, shutdown
+from vllm.moe_routes.recorder import attach, shutdown
 from vllm.moe_routes.writing.token_log import TokenLog
 from vllm.sampling_params import SamplingParams
 
 from tests.support.build import read_lines
+from tests.support.commands import do
 from tests.support.fake_runner import INDICES, FakeRunner, group
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("_one_rank")]
@@ -46,10 +47,6 @@ def arm(log: Path, give_recorder: Callable[..., FakeRunner]) -> Callable[..., Fa
         return give_recorder(runner or FakeRunner(), config)
 
     return arm
-
-
-def _do(runner: FakeRunner, command: Any, **options: Any) -> dict[str, Any]:
-    return control(SimpleNamespace(model_runner=runner), command, **options)
 
 
 def _all_routes(log: Path) -> list[dict[str, Any]]:
@@ -76,7 +73,7 @@ def test_the_switch_arms_and_starts(log: Path, monkeypatch: pytest.MonkeyPatch) 
     runner = FakeRunner()
     runner.moe_routes = attach(runner)
     assert runner.moe_routes is not None
-    assert _do(runner, "status")["recording"] is True
+    assert do(runner, "status")["recording"] is True
     runner.execute(("7-0000000a", 3, 3))
     shutdown(SimpleNamespace(model_runner=runner))
     assert len(_routes(log)) == 3
@@ -87,9 +84,9 @@ def test_without_autostart_there_is_no_file_and_no_row_until_start(arm: Arm, log
     runner = arm()
     runner.execute(("7-0000000a", 3, 3))
     assert not log.exists()
-    assert _do(runner, "start")["ok"]
+    assert do(runner, "start")["ok"]
     runner.execute(("7-0000000a", 1, 3))
-    assert _do(runner, "stop")["ok"]
+    assert do(runner, "stop")["ok"]
     assert [row["token_idx"] for row in _routes(log)] == [3]
 
 
@@ -97,7 +94,7 @@ def test_without_autostart_there_is_no_file_and_no_row_until_start(arm: Arm, log
 def test_a_command_to_an_engine_without_a_recorder_is_answered_with_the_remedy(
     command: str,
 ) -> None:
-    answer = _do(FakeRunner(), command)
+    answer = do(FakeRunner(), command)
     assert answer["ok"] is False
     assert "VLLM_LOG_MOE" in answer["error"]
 
@@ -113,10 +110,10 @@ def test_shutting_down_a_worker_that_never_came_up_is_no_error() -> None:
 
 def test_the_rows_of_a_pass_are_the_ids_that_its_layers_chose(arm: Arm, log: Path) -> None:
     runner = arm()
-    _do(runner, "start")
+    do(runner, "start")
     first = runner.execute(("7-0000000a", 3, 3), ("8-0000000b", 2, 4))
     second = runner.execute(("8-0000000b", 2, 4), ("7-0000000a", 1, 3))
-    _do(runner, "stop")
+    do(runner, "stop")
     rows = _routes(log)
     assert [row["topk_ids"] for row in rows] == first + second
     assert [(row["req_id"], row["token_idx"]) for row in rows] == [
@@ -133,7 +130,7 @@ def test_warm_up_passes_never_reach_the_file(arm: Arm, log: Path) -> None:
     chosen = runner.execute(("7-0000000a", 3, 3))
     runner.dummy_run()
     chosen += runner.execute(("7-0000000a", 1, 3))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert [row["topk_ids"] for row in _routes(log)] == chosen
     assert read_lines(log)[-1]["self_check"]["verdict"] == "pass"
 
@@ -141,11 +138,11 @@ def test_warm_up_passes_never_reach_the_file(arm: Arm, log: Path) -> None:
 def test_a_layer_that_did_not_fire_is_not_filled_from_warm_up(arm: Arm, log: Path) -> None:
     runner = arm()
     runner.dummy_run()
-    _do(runner, "start")
+    do(runner, "start")
     silent = runner.layers["model.layers.3.mlp.experts"]
     silent.moe_route_tap = None
     runner.execute(("7-0000000a", 3, 3))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert _routes(log, 3) == []
     assert read_lines(log)[-1]["self_check"]["verdict"] == "fail"
 
@@ -163,7 +160,7 @@ def test_a_layer_that_falls_silent_repeats_no_older_row(
         runner.dummy_run()  # writes far more rows than the pass before had
     runner.layers["model.layers.3.mlp.experts"].moe_route_tap = None
     runner.execute(("8-0000000b", 5, 5))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert [row for row in _routes(log, 3) if row["req_id"] == "8"] == []
     end = read_lines(log)[-1]
     assert end["drops"]["not_captured"] == 5
@@ -176,7 +173,7 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     assert runner.moe_routes is not None
-    while _do(runner, "status")["so_far"]["passes"] == 0:
+    while do(runner, "status")["so_far"]["passes"] == 0:
         time.sleep(0.01)  # what waits when the error comes is lost too, and counted
 
     def exhausted(*_: Any) -> None:
@@ -185,8 +182,8 @@ def test_an_error_while_a_step_is_taken_stops_the_recording_and_not_the_engine(
     runner.moe_routes._recording._choices.routes = exhausted  # type: ignore[method-assign]
     for _ in range(3):
         runner.execute(("7-0000000a", 1, 2))
-    assert "no pinned memory left" in _do(runner, "status")["error"]
-    answer = _do(runner, "stop")
+    assert "no pinned memory left" in do(runner, "status")["error"]
+    answer = do(runner, "stop")
     assert answer["ok"] is False
     assert "no pinned memory left" in answer["error"]
     end = read_lines(log)[-1]
@@ -206,7 +203,7 @@ def test_whatever_is_called_is_answered(arm: Arm, call: tuple[Any, ...]) -> None
 
 def test_a_recording_is_not_started_into_a_file_of_another_kind(arm: Arm, tmp_path: Path) -> None:
     runner = arm()
-    answer = _do(runner, "start", path=str(tmp_path / "x.csv"))
+    answer = do(runner, "start", path=str(tmp_path / "x.csv"))
     assert answer["ok"] is False
     assert "does not end in .jsonl" in answer["error"]
     assert list(tmp_path.glob("*.csv")) == []
@@ -222,10 +219,10 @@ def _compiled() -> FakeRunner:
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path, mode: str) -> None:
     runner = arm(_compiled() if mode == "compiled" else FakeRunner(), layers="3-4")
-    _do(runner, "start")
+    do(runner, "start")
     runner.execute(("7-0000000a", 2, 2))
     taps = [layer.moe_route_tap for layer in runner.layers.values()]
-    _do(runner, "stop")
+    do(runner, "stop")
     header = read_lines(log)[0]
     assert header["layers_logged"] == [3, 4]
     assert header["num_moe_layers"] == 3
@@ -235,14 +232,14 @@ def test_only_the_chosen_layers_are_tapped_and_written(arm: Arm, log: Path, mode
 
 def test_an_eager_pass_runs_no_hook_while_nothing_records(arm: Arm, log: Path) -> None:
     runner = arm()
-    _do(runner, "configure", layers="4")
+    do(runner, "configure", layers="4")
     for path in (log, log.with_name("again.jsonl")):
         assert [layer.moe_route_tap for layer in runner.layers.values()] == [None] * 3
-        _do(runner, "start", path=str(path))
+        do(runner, "start", path=str(path))
         tapped = [layer.moe_route_tap is not None for layer in runner.layers.values()]
         assert tapped == [False, False, True]
         runner.execute(("7-0000000a", 2, 2))
-        assert _do(runner, "stop")["end"]["rows"] == 2
+        assert do(runner, "stop")["end"]["rows"] == 2
 
 
 def test_a_compiled_pass_keeps_its_hook_and_no_list(arm: Arm) -> None:
@@ -250,8 +247,8 @@ def test_a_compiled_pass_keeps_its_hook_and_no_list(arm: Arm) -> None:
     runner = arm(_compiled())
     before = [layer.moe_route_tap for layer in runner.layers.values()]
     assert [tap.references for tap in before] == [None] * 3
-    _do(runner, "start")
-    _do(runner, "stop")
+    do(runner, "start")
+    do(runner, "stop")
     after = [layer.moe_route_tap for layer in runner.layers.values()]
     assert all(a is b for a, b in zip(before, after, strict=True))
 
@@ -263,20 +260,20 @@ def test_eager_and_compiled_passes_leave_the_same_rows(
     files = []
     for runner in (FakeRunner(), _compiled()):
         arm(runner)
-        _do(runner, "configure", layers=chosen)
+        do(runner, "configure", layers=chosen)
         path = tmp_path / f"{len(files)}.jsonl"
-        assert _do(runner, "start", path=str(path))["ok"]
+        assert do(runner, "start", path=str(path))["ok"]
         runner.dummy_run()
         runner.execute(("7-0000000a", 2, 2), ("8-0000000b", 1, 1))
         runner.execute(("7-0000000a", 1, 2))
-        _do(runner, "stop")
+        do(runner, "stop")
         files.append([line for line in read_lines(path) if line["type"] == "route"])
     assert files[0] == files[1]
     assert len(files[0]) == 4 * {"all": 3, "1": 1, "1,4": 2}[chosen]
 
 
 def test_the_header_starts_with_the_documented_keys(arm: Arm, log: Path) -> None:
-    _do(arm(), "start")
+    do(arm(), "start")
     header = read_lines(log)[0]
     assert list(header)[:8] == [
         "type",
@@ -298,12 +295,12 @@ def test_the_header_starts_with_the_documented_keys(arm: Arm, log: Path) -> None
 
 def test_the_row_that_runs_ahead_of_a_stop_is_marked(arm: Arm, log: Path) -> None:
     runner = arm(FakeRunner(runs_ahead=True))
-    _do(runner, "start")
+    do(runner, "start")
     params = SamplingParams(stop_token_ids=[EOS])
     runner.execute(("7-0000000a", 2, 2), tokens=(1, EOS), params=params)
     runner.execute(("7-0000000a", 1, 2), tokens=(4,))
     runner.execute(("7-0000000a", 1, 2), tokens=(EOS,))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert [row.get("flag") for row in _routes(log)] == [None, None, None, "overrun"]
 
 
@@ -313,19 +310,19 @@ def test_the_row_that_runs_ahead_is_marked_in_a_recording_that_joined_later(
     runner = arm(FakeRunner(runs_ahead=True))
     params = SamplingParams(stop_token_ids=[EOS])
     runner.execute(("7-0000000a", 2, 2), tokens=(1, 2), params=params)
-    _do(runner, "start")
+    do(runner, "start")
     runner.execute(("7-0000000a", 1, 2), tokens=(4,))
     runner.execute(("7-0000000a", 1, 2), tokens=(EOS,))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert [row.get("flag") for row in _routes(log)] == [None, "overrun"]
 
 
 def test_requests_that_end_without_another_pass_are_ended_at_stop(arm: Arm, log: Path) -> None:
     runner = arm()
-    _do(runner, "start")
+    do(runner, "start")
     runner.execute(("7-0000000a", 2, 2), ("8-0000000b", 1, 1))
     runner.execute(finished=("7-0000000a",))
-    _do(runner, "stop")
+    do(runner, "stop")
     ended = {r["req_id"]: r["finished"] for r in read_lines(log) if r["type"] == "request"}
     assert ended == {"7": True, "8": False}
 
@@ -335,30 +332,30 @@ def test_requests_that_end_without_another_pass_are_ended_at_stop(arm: Arm, log:
 
 @pytest.mark.parametrize("command", ["rubbish", "", None, 5, ["start"], "__init__", "shutdown"])
 def test_an_unknown_command_is_answered_not_raised(arm: Arm, command: Any) -> None:
-    answer = _do(arm(), command)
+    answer = do(arm(), command)
     assert answer["ok"] is False
     assert answer["error"]
 
 
 @pytest.mark.parametrize("command", ["start", "stop", "status"])
 def test_an_unknown_option_is_answered_not_raised(arm: Arm, command: str) -> None:
-    assert _do(arm(), command, colour="red")["ok"] is False
+    assert do(arm(), command, colour="red")["ok"] is False
 
 
 def test_start_while_recording_is_refused_and_the_recording_goes_on(arm: Arm, log: Path) -> None:
     runner = arm(autostart=True)
-    answer = _do(runner, "start")
+    answer = do(runner, "start")
     assert answer["ok"] is False
     assert "stop it first" in answer["error"]
     runner.execute(("7-0000000a", 2, 2))
-    assert _do(runner, "stop")["ok"]
+    assert do(runner, "stop")["ok"]
     assert len(_routes(log)) == 2
 
 
 def test_stop_while_stopped_is_refused(arm: Arm) -> None:
     runner = arm(autostart=True)
-    assert _do(runner, "stop")["ok"]
-    answer = _do(runner, "stop")
+    assert do(runner, "stop")["ok"]
+    answer = do(runner, "stop")
     assert answer["ok"] is False
     assert "start one first" in answer["error"]
 
@@ -367,12 +364,12 @@ def test_start_onto_an_existing_file_is_answered_and_leaves_recording_off(
     arm: Arm, log: Path
 ) -> None:
     runner = arm(autostart=True)
-    _do(runner, "stop")
+    do(runner, "stop")
     before = log.read_bytes()
-    answer = _do(runner, "start")
+    answer = do(runner, "start")
     assert answer["ok"] is False
     assert "exists" in answer["error"]
-    assert _do(runner, "status")["recording"] is False
+    assert do(runner, "status")["recording"] is False
     assert log.read_bytes() == before
 
 
@@ -381,12 +378,12 @@ def test_a_second_recording_starts_over_in_its_own_file(
 ) -> None:
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
-    _do(runner, "stop")
+    do(runner, "stop")
     runner.execute(("7-0000000a", 1, 2))
     other = tmp_path / "other.jsonl"
-    assert _do(runner, "start", path=str(other))["path"] == str(other)
+    assert do(runner, "start", path=str(other))["path"] == str(other)
     runner.execute(("7-0000000a", 1, 2))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert [row["token_idx"] for row in _routes(log)] == [0, 1]
     (row,) = _routes(other)
     assert (row["token_idx"], row["forward_pass_id"]) == (3, 0)
@@ -396,10 +393,10 @@ def test_a_second_recording_starts_over_in_its_own_file(
 
 def test_status_tells_what_is_going_on(arm: Arm, log: Path) -> None:
     runner = arm()
-    off = _do(runner, "status")
+    off = do(runner, "status")
     assert (off["ok"], off["recording"], off["writes"]) == (True, False, True)
-    _do(runner, "start")
-    on = _do(runner, "status")
+    do(runner, "start")
+    on = do(runner, "status")
     assert (on["recording"], on["path"], on["end"]) == (True, str(log), None)
     assert on["since"] > 0
 
@@ -407,7 +404,7 @@ def test_status_tells_what_is_going_on(arm: Arm, log: Path) -> None:
 def test_stop_answers_with_the_end_record_of_the_file(arm: Arm, log: Path) -> None:
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
-    answer = _do(runner, "stop")
+    answer = do(runner, "stop")
     end = read_lines(log)[-1]
     assert answer["end"]["bytes"] == end["bytes"]
     assert answer["end"] == end
@@ -415,8 +412,8 @@ def test_stop_answers_with_the_end_record_of_the_file(arm: Arm, log: Path) -> No
 
 def test_a_running_recording_has_no_end_record(arm: Arm, tmp_path: Path) -> None:
     runner = arm(autostart=True)
-    _do(runner, "stop")
-    assert _do(runner, "start", path=str(tmp_path / "other.jsonl"))["end"] is None
+    do(runner, "stop")
+    assert do(runner, "start", path=str(tmp_path / "other.jsonl"))["end"] is None
 
 
 def _break_file(runner: FakeRunner) -> None:
@@ -433,10 +430,10 @@ def test_a_full_disk_stops_the_recording_and_not_the_engine(arm: Arm) -> None:
     _break_file(runner)
     for i in range(50):
         runner.execute((f"{i}-{i:08x}", 5, 5))
-    answer = _do(runner, "stop")
+    answer = do(runner, "stop")
     assert answer["ok"] is False
     assert "No space left on device" in answer["error"]
-    assert _do(runner, "status")["recording"] is False
+    assert do(runner, "status")["recording"] is False
 
 
 def test_status_tells_that_recording_stopped_on_an_error(arm: Arm) -> None:
@@ -449,7 +446,7 @@ def test_status_tells_that_recording_stopped_on_an_error(arm: Arm) -> None:
         if runner.moe_routes._recording._writer.error is not None:
             break
         time.sleep(0.005)
-    assert "No space left on device" in str(_do(runner, "status"))
+    assert "No space left on device" in str(do(runner, "status"))
 
 
 def test_shutdown_never_raises(arm: Arm) -> None:
@@ -492,8 +489,8 @@ def test_a_worker_that_goes_down_waits_for_what_is_still_being_written(arm: Arm,
     """A recording that was stopped without waiting for it, and one that was reset away."""
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
-    assert _do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
-    assert _do(runner, "stop", timeout=0)["ok"]
+    assert do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
+    assert do(runner, "stop", timeout=0)["ok"]
     shutdown(SimpleNamespace(model_runner=runner))
     reasons = [read_lines(log.with_name(name))[-1]["reason"] for name in (log.name, "y.jsonl")]
     assert reasons == ["reset", "stop"]
@@ -505,7 +502,7 @@ def test_a_recording_that_fails_at_the_end_does_not_keep_the_one_before_from_its
 ) -> None:
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
-    assert _do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
+    assert do(runner, "reset", path=str(log.with_name("y.jsonl")))["ok"]
     _break_file(runner)
     runner.execute(("8-0000000a", 2, 2))
     shutdown(SimpleNamespace(model_runner=runner))
@@ -521,9 +518,9 @@ def test_a_recording_that_ended_without_anybody_waiting_holds_no_model(
     monkeypatch.setattr(module.process_exit, "atexit", exits)
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
-    assert _do(runner, "stop", timeout=0)["ok"]
+    assert do(runner, "stop", timeout=0)["ok"]
     deadline = time.monotonic() + 5
-    while _do(runner, "status")["closing"] and time.monotonic() < deadline:
+    while do(runner, "status")["closing"] and time.monotonic() < deadline:
         time.sleep(0.01)
     runner.execute(("7-0000000a", 1, 2))
     assert at_exit == []
@@ -537,10 +534,10 @@ def test_other_tensor_parallel_ranks_tap_and_write_nothing(
 ) -> None:
     monkeypatch.setattr(module, "get_tp_group", group(rank=1, size=2))
     runner = arm()
-    assert _do(runner, "start")["ok"]
+    assert do(runner, "start")["ok"]
     runner.execute(("7-0000000a", 2, 2))
-    assert _do(runner, "status")["writes"] is False
-    assert _do(runner, "stop")["ok"]
+    assert do(runner, "status")["writes"] is False
+    assert do(runner, "stop")["ok"]
     assert not log.exists()
     assert all(layer.moe_route_tap is None for layer in runner.layers.values())
 
@@ -573,7 +570,7 @@ def test_every_pipeline_stage_writes_its_own_layers_to_its_own_file(
     monkeypatch.setattr(module, "get_pp_group", group(rank=stage, size=2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     runner = arm(FakeRunner(parts[stage]), layers=selection)
-    _do(runner, "start")
+    do(runner, "start")
     assert os.listdir(tmp_path) == [file]  # noqa: PTH208
     header = read_lines(tmp_path / file)[0]
     assert header["files"] == names
@@ -590,9 +587,9 @@ def test_a_stage_without_a_chosen_layer_writes_nothing(
     monkeypatch.setattr(module, "get_pp_group", group(rank=0, size=2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     runner = arm(FakeRunner((0, 1)), layers="3")
-    assert _do(runner, "start")["ok"]
+    assert do(runner, "start")["ok"]
     runner.execute(("7-0000000a", 2, 2))
-    assert _do(runner, "stop")["ok"]
+    assert do(runner, "stop")["ok"]
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
@@ -631,7 +628,7 @@ def test_a_data_parallel_rank_records_its_own_rows_out_of_all_ranks(
 ) -> None:
     runner = arm(_dp_runner(rank=1, size=3), autostart=True)
     chosen = _execute_among(runner, 4, 3, 5)
-    _do(runner, "stop")
+    do(runner, "stop")
     lines = read_lines(tmp_path / "x.dp1.jsonl")
     assert [row["topk_ids"] for row in _routes(tmp_path / "x.dp1.jsonl")] == chosen
     assert lines[-1]["self_check"]["verdict"] == "pass"
@@ -641,7 +638,7 @@ def test_an_idle_data_parallel_rank_leaves_a_header_and_an_end(arm: Arm, tmp_pat
     runner = arm(_dp_runner(rank=1), autostart=True)
     with _ranks_have(5, 1):
         runner.forward(6)  # its dummy batch, so that the other rank's experts are served
-    _do(runner, "stop")
+    do(runner, "stop")
     header, end = read_lines(tmp_path / "x.dp1.jsonl")
     assert (header["type"], header["rank"]["dp"]) == ("meta", 1)
     assert (end["type"], end["rows"], end["self_check"]["verdict"]) == ("end", 0, "pass")
@@ -664,7 +661,7 @@ def test_every_data_parallel_rank_and_stage_has_its_own_file_and_names_all_of_th
     monkeypatch.setattr(module, "get_pp_group", group(rank=stage, size=2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     runner = arm(_dp_runner(dp, parts=parts[stage]))
-    _do(runner, "start")
+    do(runner, "start")
     assert os.listdir(tmp_path) == [file]  # noqa: PTH208
     header = read_lines(tmp_path / file)[0]
     assert header["files"] == ["x.jsonl", "x.pp1.jsonl", "x.dp1.jsonl", "x.dp1.pp1.jsonl"]
@@ -694,9 +691,9 @@ def test_under_eplb_the_log_holds_logical_ids_and_their_number(arm: Arm, log: Pa
         layer.router.enable_eplb = True
         layer.global_num_experts = 16  # with the redundant ones
     arm(runner)
-    _do(runner, "start")
+    do(runner, "start")
     chosen = runner.execute(("7-0000000a", 5, 5))
-    _do(runner, "stop")
+    do(runner, "stop")
     assert [row["topk_ids"] for row in _routes(log)] == chosen
     header, *_, end = read_lines(log)
     assert (header["num_experts"], header["expert_ids"]) == (8, "logical")
@@ -778,7 +775,7 @@ def test_a_pass_that_raised_an_error_fails_the_recording(arm: Arm, log: Path) ->
     runner.forward = broken  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="in the model"):
         runner.execute(("7-0000000a", 1, 2))
-    _do(runner, "stop")
+    do(runner, "stop")
     end = read_lines(log)[-1]
     assert (end["passes"], end["passes_unfinished"]) == (1, 1)
     assert end["self_check"]["verdict"] == "fail"
@@ -790,7 +787,7 @@ def test_a_step_that_only_ends_requests_is_no_pass(arm: Arm, log: Path) -> None:
     runner = arm(autostart=True)
     runner.execute(("7-0000000a", 2, 2))
     runner.execute(finished=("7-0000000a",))
-    _do(runner, "stop")
+    do(runner, "stop")
     end = read_lines(log)[-1]
     assert (end["passes"], end["passes_unfinished"]) == (1, 0)
     assert end["self_check"]["verdict"] == "pass"

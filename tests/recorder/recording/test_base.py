@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from vllm.moe_routes.config import MODES
 
-from tests.recorder.recording.commands import Arm, begin, do
+from tests.support.commands import Arm, begin, do
 
 pytestmark = pytest.mark.timeout(60)
 

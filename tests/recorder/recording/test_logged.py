@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.recorder.recording.commands import Arm, begin, do
 from tests.support.build import read_lines
+from tests.support.commands import Arm, begin, do
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.recorder.recording.commands import Arm, begin, do
+from tests.support.commands import Arm, begin, do
 
 pytestmark = pytest.mark.timeout(60)
 

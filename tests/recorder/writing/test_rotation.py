@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm.moe_routes.config import RouteLogConfig
 from vllm.moe_routes.counts import Shape, count_choices
 from vllm.moe_routes.errors import RouteLogError
-from vllm.moe_routes.recorder import Recorder, control
+from vllm.moe_routes.recorder import Recorder
 from vllm.moe_routes.recording.request_sample import RequestSample, chosen
 from vllm.moe_routes.writing.pass_log import PassLog
 from vllm.moe_routes.writing.rotation import RotatingLog
@@ -24,6 +24,7 @@ from vllm.moe_routes.writing.rows import Step
 from vllm.moe_routes.writing.token_log import TokenLog
 
 from tests.support.build import QUICK, Ready, a_layer, a_pending, a_step, clean_routes, read_lines
+from tests.support.commands import do
 from tests.support.fake_runner import INDICES, FakeRunner
 
 LAYERS = [a_layer(1), a_layer(3)]
@@ -198,10 +199,6 @@ def arm(
 Arm = Callable[..., tuple[FakeRunner, Path]]
 
 
-def _do(runner: FakeRunner, command: str, **options: Any) -> dict[str, Any]:
-    return control(SimpleNamespace(model_runner=runner), command, **options)
-
-
 def _run_until_over(runner: FakeRunner) -> int:
     """Rows executed until the recorder has noticed that its recording is over."""
     rows = 0
@@ -217,26 +214,26 @@ def _run_until_over(runner: FakeRunner) -> int:
 def test_the_recorder_notices_the_end_and_the_engine_goes_on(arm: Arm) -> None:
     runner, path = arm(max_bytes=200_000)
     rows = _run_until_over(runner)
-    while (status := _do(runner, "status"))["closing"]:
+    while (status := do(runner, "status"))["closing"]:
         pass
     assert (status["recording"], status["error"]) == (False, None)
     so_far = status["so_far"]
     assert so_far["rows"] + so_far["rows_past_end"] == rows
     assert so_far["rows"] > 0
     runner.execute(("z-0000000a", 5, 5))
-    assert _do(runner, "status")["so_far"] == so_far
-    assert _do(runner, "stop")["ok"], "who stops it need not know that it has ended"
-    assert _do(runner, "stop")["ok"] is False
+    assert do(runner, "status")["so_far"] == so_far
+    assert do(runner, "stop")["ok"], "who stops it need not know that it has ended"
+    assert do(runner, "stop")["ok"] is False
     assert read_lines(path)[-1]["reason"] == "max_bytes"
-    assert _do(runner, "start", path=str(path.with_name("y.jsonl")))["ok"]
-    assert _do(runner, "stop")["ok"]
+    assert do(runner, "start", path=str(path.with_name("y.jsonl")))["ok"]
+    assert do(runner, "stop")["ok"]
 
 
 def test_the_header_tells_the_bound_and_the_status_the_files(arm: Arm) -> None:
     runner, path = arm(max_bytes=90_000, on_max="rotate")
     for i in range(60):
         runner.execute((f"{i}-{i:08x}", 30, 30))
-    answer = _do(runner, "stop")
+    answer = do(runner, "stop")
     assert [Path(name).name for name in answer["files"]] == sorted(
         (item.name for item in path.parent.glob("x*.jsonl")),
         key=lambda name: (len(name), name),
@@ -297,7 +294,7 @@ def test_a_sampled_log_is_the_full_log_without_the_other_requests(
         path = tmp_path / f"{n}.jsonl"
         runner.moe_routes = Recorder(RouteLogConfig(path, sample=n), runner)
         run(runner)
-        assert _do(runner, "stop")["ok"]
+        assert do(runner, "stop")["ok"]
         logs[n] = read_lines(path)
     wanted = {str(i) for i in range(30) if chosen(str(i), 3)}
     assert 4 < len(wanted) < 20
@@ -318,8 +315,8 @@ def test_a_sampled_log_is_the_full_log_without_the_other_requests(
 @pytest.mark.parametrize("mode", ["stat", "per_pass"])
 def test_modes_that_count_passes_refuse_a_sample(arm: Arm, mode: str) -> None:
     runner, _ = arm(sample=4, autostart=False)
-    assert _do(runner, "configure", mode=mode)["ok"]
-    answer = _do(runner, "start")
+    assert do(runner, "configure", mode=mode)["ok"]
+    answer = do(runner, "start")
     assert answer["ok"] is False
     assert "VLLM_LOG_MOE_SAMPLE=1/4" in answer["error"]
     with pytest.raises(RouteLogError, match="VLLM_LOG_MOE_SAMPLE=1/4 chooses requests"):
@@ -346,7 +343,7 @@ def test_a_servers_files_are_its_owners_only_and_a_jobs_follow_the_umask(
         runner, path = arm(api=api, max_bytes=90_000, on_max="rotate")
         for i in range(30):
             runner.execute((f"{i}-{i:08x}", 30, 30))
-        assert _do(runner, "stop")["ok"]
+        assert do(runner, "stop")["ok"]
         names = list(path.parent.glob("x*.jsonl"))
         assert len(names) > 1
         assert {item.stat().st_mode & 0o777 for item in names} == {mode}
