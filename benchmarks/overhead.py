@@ -45,9 +45,8 @@ from expert_profiler.errors import UserError, run
 from expert_profiler.patch import patch_file, patch_state
 from expert_profiler.report.histogram import save_png
 from expert_profiler.resources import PATCH
-from expert_profiler.run import models
-from run_profile import cpu_name
-from tools import make_tiny_moe
+from expert_profiler.run import models, tiny_model
+from expert_profiler.run.machine import cpu_name
 
 RECORD, PLOT = "overhead.json", "overhead.png"
 PROFILED = ("armed", "stat", "per_pass", "parquet", "jsonl")
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = QUICK if args.quick else FULL
     model = args.model or models.PRESETS["tiny"].model
     if args.model is None:
-        make_tiny_moe.main([model, "--reuse"])
+        tiny_model.ensure(Path(model))
     elif not (Path(model) / "config.json").is_file():
         raise UserError(f"--model {model} is no checkpoint folder: it has no config.json")
     args.out.mkdir(parents=True, exist_ok=True)

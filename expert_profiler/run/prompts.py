@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prompts of a run: GSM8K where the hub answers, the project's own where not, or a file."""
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ class PromptSet:
         return hashlib.sha256(SEPARATOR.join(self.prompts).encode()).hexdigest()
 
 
-def load_prompts(source: str | None = None, seed: int = 0) -> PromptSet:  # noqa: ARG001
+def load_prompts(source: str | None = None) -> PromptSet:
     """The prompts of a run.
 
     Args:
         source: a file of prompts; None takes the first 25 GSM8K test questions where the hub
             answers (an offline machine loses under 3 s), and the 25 shipped ones where not.
-        seed: the run's seed. No set is sampled today, so equal sources give equal prompts.
 
     Raises:
         UserError: the file is missing, no text, or holds an empty prompt.

@@ -38,7 +38,7 @@ def test_25_different_word_problems_are_shipped() -> None:
 
 @pytest.mark.usefixtures("no_hub")
 def test_an_offline_machine_takes_the_shipped_ones_and_says_so() -> None:
-    found = prompts.load_prompts(None, seed=1)
+    found = prompts.load_prompts(None)
     assert found.name == "shipped-word-problems-25"
     assert "can't be reached" in found.note
     assert found.prompts == prompts.read_prompts(prompts.SHIPPED)
