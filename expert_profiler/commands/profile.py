@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generate offline with vLLM, record every token's experts, and measure what recording costs."""
+"""Run vLLM over prompts, record every token's experts, and measure what that costs."""
 
 from __future__ import annotations
 

@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import make_hist
-from benchmarks import overhead
 from expert_profiler import compare, convert, errors, export, sql, validate
+from expert_profiler.commands import bench, patch, preflight, profile
 from expert_profiler.commands import models as models_command
-from expert_profiler.commands import patch, preflight, profile
 from expert_profiler.patch import patch_state
 from expert_profiler.run import engine, hub, machine, tiny_model
 from tests.faults.table import FULL
@@ -40,7 +39,7 @@ def _heavy(*_: Any, **__: Any) -> Any:
 
 
 def _benchmark(words: list[str]) -> int:
-    overhead.parse(words)
+    bench.parse(words, "")
     return 0
 
 
