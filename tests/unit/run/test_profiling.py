@@ -183,11 +183,3 @@ def test_a_checkpoint_below_this_folder_goes_by_its_relative_path(
     assert profiling.short_path(str(tmp_path / ".cache" / "tiny")) == ".cache/tiny"
     assert profiling.short_path("/elsewhere/tiny") == "/elsewhere/tiny"
     assert profiling.short_path("Qwen/some-moe") == "Qwen/some-moe"
-
-
-def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def needs_it() -> int:
-        raise ModuleNotFoundError("No module named 'duckdb'", name="duckdb")
-
-    assert errors.run(needs_it) == errors.EXIT_CODE
-    assert "package duckdb is not installed" in capsys.readouterr().err
