@@ -13,7 +13,7 @@ from typing import Any
 
 from expert_profiler.errors import UserError
 from expert_profiler.run import engine, timing
-from expert_profiler.run.artifacts import MODES, ROUTES
+from expert_profiler.run.run_folder import MODES, ROUTES
 
 #: Output tokens a prompt in the warm-up pass: enough to run prefill and decode in a full batch.
 WARMUP_TOKENS = 8

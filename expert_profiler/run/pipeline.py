@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler import errors
+from expert_profiler.artifacts import NAMES
 from expert_profiler.run import profile_options
-from expert_profiler.run.artifacts import MODES, OUTPUTS, PROMPTS, ROUTES, TIMING
+from expert_profiler.run.run_folder import MODES
 
-PLOT = "expert_hist.png"
 #: What a model's text and routing are worth, by its kind.
 WORTH = {
     "random weights": "; its text and its routing mean nothing",
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Refuses bad options before anything is loaded.
     args = profile_options.parse(options, "./test.sh run")
 
-    log, plot = str(args.out / ROUTES), str(args.out / PLOT)
+    log, plot = str(args.out / NAMES["routes"]), str(args.out / NAMES["hist"])
     commands = [["profile", "--force", *options]]
     if args.mode != "no_log":
         commands += [["hist", log, "--out", plot, "--force"], ["validate", str(args.out)]]
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         worst = max(worst, code)
     print(f"==> summary ({time.monotonic() - start:.0f} s)")
-    timing = json.loads((args.out / TIMING).read_text(encoding="utf-8"))
+    timing = json.loads((args.out / NAMES["timing"]).read_text(encoding="utf-8"))
     print(summary(timing, args.out, trusted=worst == 0))
     return worst
 
@@ -78,11 +78,12 @@ def summary(timing: dict[str, Any], out: Path, trusted: bool) -> str:
             f"overhead  {ratio - 1:+.1%} wall time (95% interval {low - 1:+.1%} to "
             f"{high - 1:+.1%}, {timing['overhead']['pairs']} pairs{told})"
         )
-    for path in (out / name for name in (PROMPTS, ROUTES, OUTPUTS, PLOT, TIMING)):
+    for path in (out / name for name in NAMES.values()):
         if path.is_file():
             lines.append(f"wrote     {path} ({path.stat().st_size:,} bytes)")
+    plot = out / NAMES["hist"]
     if trusted:
-        lines.append(f"next      look at {out / PLOT}, or check again: ./test.sh validate {out}")
+        lines.append(f"next      look at {plot}, or check again: ./test.sh validate {out}")
     else:
         lines.append("NOT TO BE TRUSTED: something above failed; mend it and run ./test.sh again")
     return "\n".join(lines)

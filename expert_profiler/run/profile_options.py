@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expert_profiler.errors import parsed
-from expert_profiler.run.artifacts import MODES
 from expert_profiler.run.models import PRESETS
+from expert_profiler.run.run_folder import MODES
 
 
 def parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:

@@ -23,12 +23,12 @@ from expert_profiler.errors import UserError
 from expert_profiler.patch import patch_state
 from expert_profiler.patch.patch_file import load_patch, sha256_of_file
 from expert_profiler.run import (
-    artifacts,
     engine,
     machine,
     model_sizes,
     models,
     passes,
+    run_folder,
     timing,
     tiny_model,
 )
@@ -46,7 +46,7 @@ def profile(args: argparse.Namespace) -> int:
         UserError: something is wrong with the options, the machine or the checkpoint.
     """
     # 1. Check everything that can be checked without loading anything.
-    out = artifacts.prepare(args.out, args.mode, args.force)
+    out = run_folder.prepare(args.out, args.mode, args.force)
     report = patch_state.inspect()
     if not report.ok:
         raise UserError(report.message)
@@ -72,12 +72,12 @@ def profile(args: argparse.Namespace) -> int:
             measured = passes.measure(args, settings, prompts.prompts, stage, terminal)
 
         # 3. Write, then move into place together.
-        write_prompts(stage / artifacts.PROMPTS, prompts.prompts)
-        artifacts.write_outputs(stage / artifacts.OUTPUTS, measured.outputs)
+        write_prompts(stage / run_folder.PROMPTS, prompts.prompts)
+        run_folder.write_outputs(stage / run_folder.OUTPUTS, measured.outputs)
         record = timing_record(measured, provenance(args, preset, settings, prompts, measured))
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (stage / artifacts.TIMING).write_text(text, encoding="utf-8")
-        written = artifacts.move(stage, out)
+        (stage / run_folder.TIMING).write_text(text, encoding="utf-8")
+        written = run_folder.move(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return summary(preset, prompts, measured, written)
@@ -196,7 +196,7 @@ def summary(
         if lost:
             print(f"LOST       rows by cause: {lost}")
         trusted &= verdict == "pass" and not lost
-    routes = [path for path in written if path.name == artifacts.ROUTES]
+    routes = [path for path in written if path.name == run_folder.ROUTES]
     if routes:
         log = shlex.quote(str(routes[0]))
         print(f"next       {resources.program()} report {log} --out report/")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expert_profiler.artifacts import PROMPT_SEPARATOR
 from expert_profiler.errors import UserError
 from expert_profiler.run import hub, prompts
 
@@ -105,7 +106,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"
                 text.strip() not in ("", "---")
                 and not text.startswith(("\ufeff", "---\n"))
                 and not text.endswith("\n---")
-                and prompts.SEPARATOR not in text
+                and PROMPT_SEPARATOR not in text
             )
         ),
         min_size=1,

@@ -120,7 +120,8 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back_from_the_tokenizer(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text)
-    assert ids == list(text.encode())
+    if not any(token in text for token in tiny_model.SPECIAL_TOKENS):
+        assert ids == list(text.encode())
     assert tokenizer.decode(ids) == text
 
 

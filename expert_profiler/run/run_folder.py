@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a profiling run: where they may go, and how they get there together."""
+"""The folder of a profiling run: what may go there, and how it gets there together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler import files
+from expert_profiler.artifacts import NAMES
 from expert_profiler.errors import UserError
 
-ROUTES, OUTPUTS, TIMING, PROMPTS = "moe_routes.jsonl", "outputs.jsonl", "timing.json", "prompts.txt"
+ROUTES, OUTPUTS, TIMING, PROMPTS = (
+    NAMES[kind] for kind in ("routes", "outputs", "timing", "prompts")
+)
 #: The modes of a timed pass: armed but not recording, and recording.
 MODES = ("no_log", "log")
 
