@@ -16,17 +16,7 @@ from typing import Any
 
 from expert_profiler import errors
 from expert_profiler.artifacts import NAMES
-from expert_profiler.run import profile_options
-from expert_profiler.run.run_folder import MODES
-
-#: What a model's text and routing are worth, by its kind.
-WORTH = {
-    "random weights": "; its text and its routing mean nothing",
-    "small demo model": (
-        " of this repository, trained on Python's library and word problems; "
-        "its experts have specialised, its answers are guesses"
-    ),
-}
+from expert_profiler.run import profile_options, run_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,33 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(timing: dict[str, Any], out: Path, trusted: bool) -> str:
     """The run in a few lines: what ran, what recording cost, what was written, what is next."""
-    facts = timing["provenance"]
-    model, prompts = facts["model"], facts["prompts"]
-    lines = [
-        f"model     {model['id']} ({model['kind']}{WORTH.get(model['kind'], '')})",
-        f"prompts   {prompts['count']} ({prompts['set']})",
-    ]
-    for mode in MODES:
-        if mode in timing:
-            metrics = timing[mode]
-            lines.append(
-                f"{mode:<9} {metrics['tokens_per_sec']:.1f} tokens/s, "
-                f"{metrics['median_wall_time_sec']:.2f} s, median of {len(metrics['repeats'])}"
-            )
-    if timing.get("overhead"):
-        ratio = timing["overhead"]["paired_ratio_median"]
-        low, high = timing["overhead"]["paired_ratio_ci95"]
-        told = "" if low > 1 or high < 1 else "; within this machine's noise"
-        lines.append(
-            f"overhead  {ratio - 1:+.1%} wall time (95% interval {low - 1:+.1%} to "
-            f"{high - 1:+.1%}, {timing['overhead']['pairs']} pairs{told})"
-        )
+    lines = run_summary.lines(timing)
     for path in (out / name for name in NAMES.values()):
         if path.is_file():
-            lines.append(f"wrote     {path} ({path.stat().st_size:,} bytes)")
+            lines.append(f"wrote      {path} ({path.stat().st_size:,} bytes)")
     plot = out / NAMES["hist"]
     if trusted:
-        lines.append(f"next      look at {plot}, or check again: ./test.sh validate {out}")
+        lines.append(f"next       look at {plot}, or check again: ./test.sh validate {out}")
     else:
         lines.append("NOT TO BE TRUSTED: something above failed; mend it and run ./test.sh again")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from expert_profiler.run import (
     models,
     passes,
     run_folder,
+    run_summary,
     timing,
     tiny_model,
 )
@@ -80,7 +81,7 @@ def profile(args: argparse.Namespace) -> int:
         written = run_folder.move(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    return summary(preset, prompts, measured, written)
+    return tell(record, measured, written)
 
 
 def engine_settings(
@@ -163,24 +164,9 @@ def timing_record(measured: Measurements, facts: dict[str, Any]) -> dict[str, An
     return {**modes, "overhead": measured.overhead(), "provenance": facts}
 
 
-def summary(
-    preset: models.Preset, prompts: PromptSet, measured: Measurements, written: list[Path]
-) -> int:
+def tell(record: dict[str, Any], measured: Measurements, written: list[Path]) -> int:
     """Print what was measured; the exit code is 1 when it can't be trusted."""
-    print(f"model      {preset.model} ({preset.kind})")
-    print(f"prompts    {len(prompts.prompts)} ({prompts.name})")
-    for mode, repeats in measured.repeats.items():
-        metrics = timing.summarise(repeats)
-        print(
-            f"{mode:10} {metrics['tokens_per_sec']:.1f} tokens/s, median of {len(repeats)} passes "
-            f"{metrics['median_wall_time_sec']:.2f} s"
-        )
-    if cost := measured.overhead():
-        low, high = cost["paired_ratio_ci95"]
-        print(
-            f"overhead   x{cost['paired_ratio_median']:.4f} wall time, 95% interval {low:.4f} to "
-            f"{high:.4f}, {cost['pairs']} pairs"
-        )
+    print("\n".join(run_summary.lines(record)))
     print(f"artifacts  {', '.join(str(path) for path in written)}")
     trusted = True
     if not measured.tokens_agree:

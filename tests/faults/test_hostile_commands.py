@@ -23,7 +23,6 @@ from expert_profiler.run import engine, hub, machine, tiny_model
 from tests.faults.table import FULL
 from tests.support import logs
 from tests.support.build import QUICK
-from tools import make_tiny_moe
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -76,10 +75,6 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
          "--tensor-parallel-size", "2", "--max-model-len", "--dtype", "--no-enforce-eager"],
     ),
     "benchmarks.overhead": (_benchmark, ["--quick", "--model", "OUT", "--out", "--pairs"]),
-    "make_tiny_moe": (
-        make_tiny_moe.main,
-        ["FREE", "--layers", "--experts", "--top-k", "--hidden", "--seed", "--force", "--reuse"],
-    ),
 }  # fmt: skip
 
 # Whoever runs this may be root: no name here leads out of the ground, but to what nobody can write.
@@ -203,7 +198,7 @@ def test_a_plot_or_an_export_never_takes_the_place_of_what_is_no_file(ground: Pa
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("main", [convert.main, export.main, make_hist.main, make_tiny_moe.main])
+@pytest.mark.parametrize("main", [convert.main, export.main, make_hist.main])
 @pytest.mark.parametrize("words", [["--", "--"], ["LOG", "--", "--"], ["--", "--", "--"]])
 def test_words_that_end_the_options_are_no_names(
     main: Main, words: list[str], harmless: Path
@@ -223,6 +218,5 @@ def _well_meant(command: str) -> list[str]:
         "convert": ["LOG", "FREE.parquet"],
         "sql": ["LOG"],
         "validate": ["--routes", "LOG"],
-        "make_tiny_moe": ["FREE"],
         "run_profile": ["--model", "demo", "--out", "FREE"],
     }.get(command, [])

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from expert_profiler.errors import UserError
 from expert_profiler.run import models, tiny_model
 from expert_profiler.run.tiny_model import TinyMoeSpec, build
-from tools import make_tiny_moe
+from tests.support.paths import REPO
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
@@ -142,21 +143,24 @@ def test_it_says_that_its_weights_are_random(real: Path) -> None:
 
 
 def test_an_existing_checkpoint_is_kept_replaced_or_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "moe"
-    small = ["--layers", "1", "--experts", "4", "--top-k", "1"]
-    assert make_tiny_moe.main([str(out), *small]) == 0
+    monkeypatch.setattr(tiny_model, "TinyMoeSpec", lambda: SMALL)
+    tiny_model.ensure(out)
+    assert "random weights" in capsys.readouterr().out
     before = (out / "config.json").stat().st_ino
-    with pytest.raises(UserError, match="--force"):
-        make_tiny_moe.main([str(out), *small])
-    assert make_tiny_moe.main([str(out), *small, "--reuse"]) == 0
-    assert "already built" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists; remove it first"):
+        build(out, SMALL)
+    tiny_model.ensure(out)
+    assert capsys.readouterr().out == ""
     assert (out / "config.json").stat().st_ino == before
-    assert make_tiny_moe.main([str(out), *small, "--reuse", "--seed", "5"]) == 0
+    other = replace(SMALL, seed=5)
+    monkeypatch.setattr(tiny_model, "TinyMoeSpec", lambda: other)
+    tiny_model.ensure(out)
     assert json.loads((out / tiny_model.SPEC_FILE).read_text())["seed"] == 5
     (out / "tokenizer.json").unlink()
-    assert not tiny_model.holds(out, TinyMoeSpec(1, 4, 1, seed=5))
+    assert not tiny_model.holds(out, other)
     assert [entry.name for entry in tmp_path.iterdir()] == ["moe"]
 
 
@@ -184,25 +188,15 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [entry.name for entry in tmp_path.iterdir()] == ["moe"]
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        TinyMoeSpec(layers=0),
-        TinyMoeSpec(experts=3, top_k=4),
-        TinyMoeSpec(hidden=100),
-        TinyMoeSpec(seed=-1),
-    ],
-)
-def test_shapes_that_no_engine_loads_are_refused(tmp_path: Path, spec: TinyMoeSpec) -> None:
-    with pytest.raises(UserError, match="--"):
-        build(tmp_path / "moe", spec)
-    assert not (tmp_path / "moe").exists()
-
-
 def test_a_python_without_the_packages_gets_one_line(tmp_path: Path) -> None:
-    tool = Path(make_tiny_moe.__file__)
+    script = (
+        "import sys; from pathlib import Path; from expert_profiler import errors;"
+        "from expert_profiler.run import tiny_model;"
+        "sys.exit(errors.run(lambda: tiny_model.ensure(Path(sys.argv[1]))))"
+    )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(tool), str(tmp_path / "moe")],
+        [sys.executable, "-S", "-c", script, str(tmp_path / "moe")],
+        cwd=REPO,
         capture_output=True,
         text=True,
         check=False,
