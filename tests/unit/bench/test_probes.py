@@ -3,9 +3,23 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from expert_profiler.bench.probes import Probes
+from expert_profiler.bench.probes import ENGINE, WRITER, Point, Probes
+from tests.support.paths import REPO
+
+
+@pytest.mark.parametrize("point", [p for p in (*ENGINE, *WRITER) if "moe_routes" in p.module])
+def test_every_function_that_is_timed_is_the_recorders(point: Point) -> None:
+    """By its source: the bench replaces it in the class that defines it."""
+    source = REPO / "overlay" / Path(*point.module.split(".")).with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    defined = [node.name for node in classes[point.owner].body if isinstance(node, ast.FunctionDef)]
+    assert point.name in defined
 
 
 def test_a_part_that_is_dear_once_in_many_calls_counts_in_full() -> None:
