@@ -14,6 +14,8 @@ from expert_profiler.bench.engine_process import pristine_vllm
 from expert_profiler.log import log_file, records
 from tests.support import harness
 
+pytestmark = pytest.mark.engine
+
 PROMPTS = [
     f"Question {i}: a baker fills {i + 2} trays with {3 * i + 4} rolls each. " * (1 + i % 3)
     + "How many rolls are there?"

@@ -14,6 +14,8 @@ import pytest
 from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.support import harness
 
+pytestmark = pytest.mark.engine
+
 NUM_LAYERS = 4
 PROMPTS = [
     f"Question {i}: a baker fills {i + 2} trays with {3 * i + 4} rolls each. " * (1 + i % 3)
