@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one pass over the rows counts: choices, rows, requests, and whether rows may repeat.
 
 Pure numpy. Memory depends on the layers, experts and requests of a log, not on its rows.
@@ -21,7 +22,7 @@ _MAX_HASHES = 1 << 24
 Ints = npt.NDArray[Any]
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Consecutive usable rows of one file, in file order.
 
     Attributes:
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
     ids: Ints
 
 
-class Tally:
+class RowCounts:
     """Counts batches; the results stand in the properties."""
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class Tally:
         self._positions = _Positions()
         self._runs = _Runs()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: RowBatch) -> None:
         n = len(batch.layer)
         if n == 0:
             return
@@ -149,7 +150,7 @@ class Tally:
     def _new_slot(self, layer: int) -> int:
         return self._slot_of.setdefault(layer, len(self._slot_of))
 
-    def _count(self, cell: Ints, batch: Batch) -> None:
+    def _count(self, cell: Ints, batch: RowBatch) -> None:
         slots = len(self._slot_of)
         ids, lengths = batch.ids, batch.lengths
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)

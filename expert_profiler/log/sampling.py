@@ -1,4 +1,5 @@
-"""Which requests a log of a sample holds: the recorder's own rule, for whoever has the outputs."""
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests a log of a sample holds, by the recorder's own rule."""
 
 from __future__ import annotations
 

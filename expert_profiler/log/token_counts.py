@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pass over a log's tokens that counts everything the report and the comparison ask for.
 
 Only tables of experts are kept, so memory depends on the model and not on the log.
@@ -14,24 +15,26 @@ import numpy.typing as npt
 
 from expert_profiler.errors import UserError
 from expert_profiler.log import tokens
-from expert_profiler.log.findings import PHASES
 from expert_profiler.log.route_log import RouteLog
+from expert_profiler.log.schema import PHASES
 from expert_profiler.log.tokens import TokenBatch
-from expert_profiler.metrics import coactivation, lru, reuse, usage
+from expert_profiler.log.usable_rows import UNFLAGGED
+from expert_profiler.metrics import coactivation, lru, reuse, token_types, usage
 from expert_profiler.metrics.usage import Floats
+from expert_profiler.resources import program
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 Labeller: TypeAlias = Callable[[TokenBatch], "npt.NDArray[np.int8]"]
 
 #: Requests are resampled in at most so many groups; with more requests, each group is every n-th.
 MAX_GROUPS = 256
-#: The cache curve is the dearest figure; it needs no more tokens than this.
+#: The cache curve is the dearest metric; it needs no more tokens than this.
 CACHE_TOKENS = 50_000
 
 
 @dataclass
-class Gathered:
-    """Counts of unflagged rows. G groups of requests, L layers, P phases, E experts.
+class TokenCounts:
+    """Counts of usable rows. G groups of requests, L layers, P phases, E experts.
 
     by_group: [G, L, P, E] int64 choices. rows: [L, P] int64. mass: [L, P, E] float64 weight.
     pairs: [L, E, E] int64, ``coactivation.pair_counts`` of each layer.
@@ -84,36 +87,36 @@ class Gathered:
         return np.asarray(self.counts[:, self.phases.index(name)])
 
 
-def gather(
+def count_tokens(
     log: RouteLog,
-    where: str = tokens.UNFLAGGED,
+    condition: str = UNFLAGGED,
     *,
     classes: int = 0,
     labels: Labeller | None = None,
     on_tokens: Callable[[int], None] | None = None,
-) -> Gathered:
-    """Read all tokens once.
+) -> TokenCounts:
+    """Read all tokens of the rows that satisfy ``condition`` once.
 
     labels, if given, tells the class of each token of a batch, 0 to classes - 1, or -1 for none.
     """
-    counts = log.counts()  # refuses ids that the header does not allow
-    codes = [PHASES.index(phase) for phase in counts.phases]
+    log.counts()  # refuses ids that the header does not allow
+    codes = [PHASES.index(phase) for phase in log.phases]
     requests = len(tokens.request_names(log))
     work = _Pass(
         layers=len(log.layers),
         codes=codes,
         experts=log.num_experts,
-        top_k=tokens.top_ks(log, where),
+        top_k=tokens.top_ks(log, condition),
         groups=min(requests, MAX_GROUPS),
         classes=classes if labels is not None else 0,
     )
-    for batch in tokens.batches(log, where, on_tokens=on_tokens):
+    for batch in tokens.batches(log, condition, on_tokens=on_tokens):
         work.add(batch, None if labels is None else labels(batch))
     if work.tokens == 0:
-        raise UserError(f"{log.path} has no row to report on; see: ./test.sh validate")
-    return Gathered(
+        raise UserError(f"{log.path} has no row to report on; see: {program()} validate")
+    return TokenCounts(
         layers=log.layers,
-        phases=counts.phases,
+        phases=log.phases,
         top_k=tuple(work.top_k),
         num_experts=work.experts,
         requests=int(work.seen.sum()),
@@ -187,10 +190,9 @@ class _Pass:
             self._cache(layer, ids[has & cached])
             if labels is not None:
                 known = has & (labels >= 0)
-                keys = labels[known].astype(np.int64)[:, None] * self.experts + ids[known]
-                self.joint[layer] += np.bincount(
-                    keys.ravel(), minlength=self.classes * self.experts
-                ).reshape(self.classes, self.experts)
+                self.joint[layer] += token_types.joint_counts(
+                    labels[known], ids[known], self.classes, self.experts
+                )
             if layer + 1 < self.layers and (next_k := self.top_k[layer + 1]):
                 after = batch.ids[:, layer + 1, :next_k]
                 both = has & (after[:, 0] >= 0)

@@ -1,4 +1,5 @@
-"""The pictures of a report and a comparison, drawn without pyplot: no display, no global state.
+# SPDX-License-Identifier: Apache-2.0
+"""The charts of a report and a comparison, drawn without pyplot: no display, no global state.
 
 Colours run from light (little) to dark (much), so that they read in greyscale; lines differ by
 marker and dash besides colour, bars by hatching.
@@ -40,12 +41,16 @@ STYLES: tuple[tuple[str, str, Any, str], ...] = (
 
 @dataclass(frozen=True)
 class Series:
-    """One line or one set of bars. y, low, high: [points]; low and high draw a band."""
+    """One line or one set of bars. y, low, high, x: [points].
+
+    low and high draw a band; x: the line's own, where lines differ in it.
+    """
 
     label: str
     y: Array
     low: Array | None = None
     high: Array | None = None
+    x: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -91,22 +96,23 @@ def lines(
     """Lines with markers where there are few points."""
     for style, one in zip(STYLES, series, strict=False):
         colour, marker, dash, _ = style
+        at = x if one.x is None else one.x
         axes.plot(
-            x,
+            at,
             one.y,
             color=colour,
             linestyle=dash,
             linewidth=1.6,
             marker=marker,
             markersize=4.5,
-            markevery=max(1, len(x) // 12),
+            markevery=max(1, len(at) // 12),
             markerfacecolor="white",
             label=one.label,
         )
         if one.low is not None and one.high is not None:
-            axes.fill_between(x, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
-            if len(x) == 1:  # a band has no width then
-                axes.vlines(x, one.low, one.high, color=colour, linewidth=3, alpha=0.4)
+            axes.fill_between(at, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
+            if len(at) == 1:  # a band has no width then
+                axes.vlines(at, one.low, one.high, color=colour, linewidth=3, alpha=0.4)
     if bottom is not None:
         axes.margins(y=0.08)
         axes.set_ylim(bottom=bottom)

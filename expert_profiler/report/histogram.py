@@ -1,9 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The expert histogram. Drawn without pyplot: no display, no global state."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import textwrap
 import threading
 from collections.abc import Sequence
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.errors import UserError
-from expert_profiler.log.findings import Counts
+from expert_profiler import files
+from expert_profiler.log.expert_counts import Counts
 from expert_profiler.metrics import usage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from expert_profiler.log.route_log import RouteLog
 
 _WIDTH = 13.0  # inches
 _PLOT_HEIGHT = 5.0
@@ -76,6 +78,17 @@ def expert_histogram(
     return figure
 
 
+def of_log(log: RouteLog, counts: Counts) -> Figure:
+    """The histogram of some of a log's counts, with what speaks against them above it."""
+    return expert_histogram(
+        counts,
+        model_id=log.meta.model_id,
+        requests=log.requests,
+        id_space=log.meta.raw.get("expert_ids"),
+        cautions=log.lost_rows + log.suspicions,
+    )
+
+
 def load_ahead() -> None:
     """Import matplotlib, half a second's work, while something else is waited for."""
 
@@ -90,20 +103,8 @@ def load_ahead() -> None:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with files.replacing(path) as scratch:
         figure.savefig(scratch, format="png")
-        scratch.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def listed(ids: Sequence[int], limit: int = 12) -> str:
-    """1, 2, 3 and 4 more."""
-    shown = ", ".join(map(str, ids[:limit]))
-    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
 
 
 def _bars(axes: Axes, counts: Counts) -> None:

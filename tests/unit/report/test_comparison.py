@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_profiler import compare, errors
+from expert_profiler import errors
+from expert_profiler.commands import compare
 from expert_profiler.report import comparison_page
 from tests.support.logs import Record, meta, route, run_rows, write_log
 
@@ -122,8 +123,8 @@ def test_a_log_that_lost_rows_is_compared_but_fails(
 
 def test_names_of_logs_in_different_folders_stay_short_and_different() -> None:
     logs = [Path("run/a/moe_routes.jsonl"), Path("run/b/moe_routes.jsonl")]
-    assert compare._names(logs, None) == ["a/moe_routes.jsonl", "b/moe_routes.jsonl"]
-    assert compare._names([logs[0], logs[0]], None) == [
+    assert compare.short_names(logs, None) == ["a/moe_routes.jsonl", "b/moe_routes.jsonl"]
+    assert compare.short_names([logs[0], logs[0]], None) == [
         "1: moe_routes.jsonl",
         "2: moe_routes.jsonl",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import make_hist
-from expert_profiler import compare
+from expert_profiler.commands import compare
 from tests.support import browser, logs
 from tests.support.browser import Page
 

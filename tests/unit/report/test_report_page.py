@@ -14,9 +14,9 @@ import pytest
 
 import make_hist
 from expert_profiler import errors
-from expert_profiler.log.route_log import open_log
-from expert_profiler.log.token_counts import gather
-from expert_profiler.report import page, report_page, summary
+from expert_profiler.log import open_log
+from expert_profiler.log.token_counts import count_tokens
+from expert_profiler.report import log_metrics, page, report_page
 from expert_profiler.report.report_data import collect, pass_balance
 from tests.support.logs import Record, meta, public_meta, route, run_rows, write_log
 
@@ -45,7 +45,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def data_of(path: Path, **options: Any) -> dict[str, Any]:
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         return dict(json.loads(page.as_json(collect(log, **options).data)))
 
 
@@ -182,7 +182,7 @@ def test_balance_by_pass_equals_a_plain_loop(tmp_path: Path, seed: int) -> None:
             key = row["forward_pass_id"], row["layer"]
             loads.setdefault(key, [0, 0, 0])[rank_of[expert]] += 1
     path = write_log(tmp_path / "log.jsonl", [*rows, route("1", 0, 0, [0, 1], flag="overrun")])
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         found = pass_balance(log, "NOT flagged", rank_of, 3)
         expected = sum(sum(x) / 3 for x in loads.values()) / sum(map(max, loads.values()))
         assert found == pytest.approx(expected)
@@ -215,17 +215,18 @@ def test_built_cases_have_closed_forms(
     tmp_path: Path, kind: str, effective: float, tenth: float, dead: int, balance: float
 ) -> None:
     path = write_log(tmp_path / "log.jsonl", built(kind))
-    with open_log(path, weights=True) as log:
-        found = gather(log)
+    with open_log(path) as log:
+        found = count_tokens(log)
     key = {
-        f["name"]: f["value"] for f in summary.key_figures(found, summary.expert_parallel(found))
+        f["name"]: f["value"]
+        for f in log_metrics.key_metrics(found, log_metrics.expert_parallel(found))
     }
     assert key["effective experts"] == pytest.approx(100 * effective / 8, rel=1e-3)
     assert key["load of the hottest tenth"] == pytest.approx(100 * tenth)
     assert key["never used"] == dead
     assert key["balance over 8 ranks"] == pytest.approx(100 * balance, rel=1e-3)
     assert math.isnan(key["prefill against decode"])
-    entries = summary.by_layer(found)
+    entries = log_metrics.by_layer(found)
     if kind == "blocks":
         # Every token and its next are in different blocks; a layer tells the next one's block.
         assert entries[0]["next_token_reuse"]["all"] == 0

@@ -1,6 +1,7 @@
-"""Every figure of a report as one dictionary, ready for JSON. Pure: counts in, numbers out.
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric of a report as one dictionary, ready for JSON. Pure: counts in, numbers out.
 
-Figures of "all layers" are means over layers of the layer's own figure. Adding up the counts of
+Metrics of "all layers" are means over layers of the layer's own metric. Adding up the counts of
 layers evens out what single layers do, because experts of one id in two layers are unrelated.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.log.token_counts import Gathered
+from expert_profiler.log.token_counts import TokenCounts
 from expert_profiler.metrics import (
     coactivation,
     placement,
@@ -39,9 +40,9 @@ def hottest(num_experts: int) -> int:
 
 
 def of_counts(counts: Counts1D, top_k: int) -> dict[str, float]:
-    """Every figure of one distribution. counts: [experts] of a layer with this top_k."""
+    """Every metric of one distribution. counts: [experts] of a layer with this top_k."""
     tenth = hottest(len(counts))
-    figures = {
+    metrics = {
         "choices": float(counts.sum()),
         "entropy_bits": usage.entropy_bits(counts) if counts.any() else math.nan,
         "normalised_entropy": usage.normalised_entropy(counts) if counts.any() else math.nan,
@@ -54,7 +55,7 @@ def of_counts(counts: Counts1D, top_k: int) -> dict[str, float]:
         "never_used": float(len(usage.never_used(counts))),
     }
     if top_k:
-        figures |= {
+        metrics |= {
             "topk_entropy_lack": topk_normalised.entropy_lack(counts, top_k),
             "topk_excess_peak": topk_normalised.excess_peak(counts, top_k),
             "topk_gini": topk_normalised.gini(counts, top_k),
@@ -62,11 +63,11 @@ def of_counts(counts: Counts1D, top_k: int) -> dict[str, float]:
                 counts, top_k
             ),
         }
-    return figures
+    return metrics
 
 
-def by_layer(found: Gathered) -> list[dict[str, Any]]:
-    """One entry a layer: its figures over all rows and by phase."""
+def by_layer(found: TokenCounts) -> list[dict[str, Any]]:
+    """One entry a layer: its metrics over all rows and by phase."""
     entries = []
     for number, (layer, top_k) in enumerate(zip(found.layers, found.top_k, strict=True)):
         entry: dict[str, Any] = {
@@ -89,7 +90,7 @@ def by_layer(found: Gathered) -> list[dict[str, Any]]:
     return entries
 
 
-def reuse_of(found: Gathered, number: int) -> dict[str, float]:
+def reuse_of(found: TokenCounts, number: int) -> dict[str, float]:
     """Next-token reuse of one layer: by phase, beside what popularity alone and even use give."""
     top_k = found.top_k[number]
     if not top_k:
@@ -107,9 +108,9 @@ def reuse_of(found: Gathered, number: int) -> dict[str, float]:
 
 
 def mean_over_layers(entries: list[dict[str, Any]], part: str = "all") -> dict[str, float]:
-    """The mean of every figure over the layers that have it; counts of choices are added."""
+    """The mean of every metric over the layers that have it; counts of choices are added."""
     values = [entry[part] for entry in entries if part in entry]
-    names = list(dict.fromkeys(name for figures in values for name in figures))
+    names = list(dict.fromkeys(name for metrics in values for name in metrics))
     answer = {}
     for name in names:
         known = [f[name] for f in values if name in f and not math.isnan(f[name])]
@@ -120,14 +121,14 @@ def mean_over_layers(entries: list[dict[str, Any]], part: str = "all") -> dict[s
     return answer
 
 
-# ---- figures of [layers, experts] counts, for resampling ---------------------------------------
+# ---- metrics of [layers, experts] counts, for resampling ---------------------------------------
 
 
-def layer_mean(figure: Callable[[Counts1D], float]) -> Callable[[Array], float]:
-    """The mean over layers with counts of ``figure``: [layers, experts] -> one number."""
+def layer_mean(metric: Callable[[Counts1D], float]) -> Callable[[Array], float]:
+    """The mean over layers with counts of ``metric``: [layers, experts] -> one number."""
 
     def mean(counts: Array) -> float:
-        values = [figure(row) for row in counts if row.any()]
+        values = [metric(row) for row in counts if row.any()]
         return float(np.mean(values)) if values else math.nan
 
     return mean
@@ -143,13 +144,13 @@ def tenth_share(counts: Counts1D) -> float:
     return usage.share_of_top(counts, hottest(len(counts)))
 
 
-def key_figures(found: Gathered, parallel: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The five figures that matter, each with unit, range, formula and 95% interval."""
+def key_metrics(found: TokenCounts, parallel: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The five metrics that matter, each with unit, range, formula and 95% interval."""
     groups, experts = found.layer_groups, found.num_experts
     tenth = hottest(experts)
 
-    def interval(figure: Callable[[Counts1D], float], low: float, high: float) -> list[float]:
-        return list(resampling.bootstrap_interval(groups, layer_mean(figure), bounds=(low, high)))
+    def interval(metric: Callable[[Counts1D], float], low: float, high: float) -> list[float]:
+        return list(resampling.bootstrap_interval(groups, layer_mean(metric), bounds=(low, high)))
 
     per_layer = found.per_layer
     dead = int((per_layer == 0).sum())
@@ -180,7 +181,7 @@ def key_figures(found: Gathered, parallel: list[dict[str, Any]]) -> list[dict[st
             "range": f"0 to {per_layer.size:,}",
             "formula": "experts with no choice, counted in each layer and added up",
         },
-        _phase_figure(found),
+        _phase_metric(found),
     ]
     if ranks:
         linear, spread = (
@@ -208,11 +209,11 @@ def key_figures(found: Gathered, parallel: list[dict[str, Any]]) -> list[dict[st
 
 
 def key_ranks(num_experts: int) -> int:
-    """The EP size of the key figure: 8, or the largest offered one that fewer experts allow."""
+    """The EP size of the key metric: 8, or the largest offered one that fewer experts allow."""
     return max((n for n in EP_SIZES if n <= min(KEY_RANKS, num_experts)), default=0)
 
 
-def _phase_figure(found: Gathered) -> dict[str, Any]:
+def _phase_metric(found: TokenCounts) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "name": "prefill against decode",
         "unit": "bits",
@@ -239,12 +240,12 @@ def _phase_figure(found: Gathered) -> dict[str, Any]:
     return answer
 
 
-def phase_divergence(found: Gathered) -> Array:
+def phase_divergence(found: TokenCounts) -> Array:
     """[layers] float64 bits: Jensen-Shannon divergence of prefill and decode."""
     return js_divergence_bits(found.phase("prefill"), found.phase("decode"))
 
 
-def phase_floor(found: Gathered) -> float:
+def phase_floor(found: TokenCounts) -> float:
     """What chance gives at most: the divergence of two halves of the requests in one phase.
 
     Of the phase with fewer choices, every second request against the others, mean over layers; each
@@ -262,7 +263,7 @@ def phase_floor(found: Gathered) -> float:
 # ---- expert parallelism ------------------------------------------------------------------------
 
 
-def expert_parallel(found: Gathered) -> list[dict[str, Any]]:
+def expert_parallel(found: TokenCounts) -> list[dict[str, Any]]:
     """Balance of each EP size and placement: mean over layers, and the worst layer.
 
     The two fixed placements need no counts. The greedy ones are planned on every second request and
