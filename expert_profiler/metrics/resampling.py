@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How sure a figure is: resampling whole requests, because tokens of one text route alike.
 
 ``by_request`` is [requests, ...]: counts of each request (or of each group of requests), which add
