@@ -14,10 +14,6 @@ from expert_profiler.log.schema import PHASES
 Ints = npt.NDArray[np.int64]
 
 
-class OutsideError(Exception):
-    """An id that the header's number of experts does not allow: (layer, id)."""
-
-
 @dataclass(frozen=True)
 class Counts:
     """How often each expert was chosen.
@@ -50,39 +46,17 @@ class Counts:
 
 
 def from_cells(
-    choices: Ints,
-    rows: Ints,
-    layers: Sequence[int],
-    phases: Sequence[str],
-    num_experts: int,
-    include_flagged: bool,
+    choices: Ints, rows: Ints, layers: Sequence[int], phases: Sequence[str], num_experts: int
 ) -> Counts:
-    """The counts of some layers, from the tables of all.
+    """The counts in two tables.
 
-    Args:
-        choices: [n, 5]: layer, phase, flagged, expert, number.
-        rows: [n, 4]: layer, phase, flagged, number.
-        layers: ascending.
-        phases: in the order of their codes; those of all rows.
-
-    Raises:
-        OutsideError: an id is not 0 to num_experts - 1.
+    choices: [n, 5]: layer, phase code, flagged, expert, number; rows: [n, 4]: the same without
+    expert.
     """
     codes = [PHASES.index(phase) for phase in phases]
-    choices, rows = (
-        table[np.isin(table[:, 0], layers) & (include_flagged | (table[:, 2] == 0))]
-        for table in (choices, rows)
-    )
-    outside = choices[(choices[:, 3] < 0) | (choices[:, 3] >= num_experts)]
-    if outside.size:
-        raise OutsideError(int(outside[0, 0]), int(outside[0, 3]))
-    counts = Counts(
-        tuple(layers),
-        tuple(phases),
-        np.zeros((len(layers), len(codes), num_experts), dtype=np.int64),
-        np.zeros((len(layers), len(codes)), dtype=np.int64),
-    )
-    for table, target in ((choices, counts.values), (rows, counts.rows)):
+    found = []
+    for table, size in ((choices, (num_experts,)), (rows, ())):
         place = np.searchsorted(layers, table[:, 0]), np.searchsorted(codes, table[:, 1])
-        np.add.at(target, (*place, *table[:, 3:-1].T), table[:, -1])
-    return counts
+        found.append(np.zeros((len(layers), len(codes), *size), dtype=np.int64))
+        np.add.at(found[-1], (*place, *table[:, 3:-1].T), table[:, -1])
+    return Counts(tuple(layers), tuple(phases), *found)

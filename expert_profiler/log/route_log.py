@@ -94,20 +94,20 @@ class RouteLog:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers that have rows or should have, ascending."""
-        seen = set(self._cell_rows[:, 0].tolist())
+        seen = set(self._tables[1][:, 0].tolist())
         return tuple(sorted(seen.union(*(file.meta.layers_logged for file in self.files))))
 
     @cached_property
     def phases(self) -> tuple[str, ...]:
         """Both known phases whenever one occurs, "unknown" only if it occurs."""
-        seen = {PHASES[code] for code in self._cell_rows[:, 1].tolist()}
+        seen = {PHASES[code] for code in self._tables[1][:, 1].tolist()}
         known = PHASES[:2] if seen & set(PHASES[:2]) else ()
         return known + PHASES[2:] if PHASES[2] in seen else known
 
     @cached_property
     def num_experts(self) -> int:
         """From the header; the highest id + 1 where the header does not say."""
-        return self.declared_experts or int(self._cells[:, 3].max(initial=-1)) + 1
+        return self.declared_experts or int(self._tables[0][:, 3].max(initial=-1)) + 1
 
     @property
     def declared_experts(self) -> int | None:
@@ -116,11 +116,11 @@ class RouteLog:
 
     @cached_property
     def num_rows(self) -> int:
-        return int(self._cell_rows[self._cell_rows[:, 2] == 0, 3].sum())
+        return self._rows_where(flagged=0)
 
     @cached_property
     def rows_flagged(self) -> int:
-        return int(self._cell_rows[self._cell_rows[:, 2] == 1, 3].sum())
+        return self._rows_where(flagged=1)
 
     @property
     def requests(self) -> int:
@@ -155,20 +155,19 @@ class RouteLog:
         rows = self.usable_rows(
             include_flagged=include_flagged, include_identical=include_identical
         )
-        cells, cell_rows = self._cells, self._cell_rows
-        if rows.identical:
-            cells, cell_rows = self._clean_cells(rows.condition)
-        try:
-            return expert_counts.from_cells(
-                cells, cell_rows, layers, self.phases, self.num_experts, include_flagged
-            )
-        except expert_counts.OutsideError as error:
-            layer, expert = error.args
+        tables = self._tables_where(rows.condition) if rows.identical else self._tables
+        choices, num_rows = (
+            table[np.isin(table[:, 0], layers) & (include_flagged | (table[:, 2] == 0))]
+            for table in tables
+        )
+        outside = choices[(choices[:, 3] < 0) | (choices[:, 3] >= self.num_experts)]
+        if outside.size:
             raise UserError(
-                f"{self.path}: expert id {expert} in layer {layer}, but the header "
+                f"{self.path}: expert id {outside[0, 3]} in layer {outside[0, 0]}, but the header "
                 f"says {self.num_experts} experts (0 to {self.num_experts - 1}); "
                 f"list all faults with: {program()} validate --routes {self.path}"
-            ) from None
+            )
+        return expert_counts.from_cells(choices, num_rows, layers, self.phases, self.num_experts)
 
     def usable_rows(
         self, *, include_flagged: bool = False, include_identical: bool = False
@@ -308,7 +307,7 @@ class RouteLog:
             raise UserError(f"{self.path}: {error}; {RECORD_AGAIN}") from None
         if bad > sum(file.partial_bytes > 0 for file in self.files):
             line_file.raise_bad_line(self.files)
-        if not len(self._cell_rows):
+        if not len(self._tables[1]):
             raise UserError(f"{self.path} has a header but no route rows; {RECORD_AGAIN}")
 
     def _load(self) -> None:
@@ -319,17 +318,16 @@ class RouteLog:
             self._loaded = True
 
     @cached_property
-    def _cells(self) -> npt.NDArray[np.int64]:
-        """[cells, 5] int64: layer, phase, flagged, expert, choices."""
-        return self._row_counts.cells
+    def _tables(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """``RowCounts.cells`` and ``RowCounts.cell_rows`` of the whole log."""
+        return self._row_counts.cells, self._row_counts.cell_rows
 
-    @cached_property
-    def _cell_rows(self) -> npt.NDArray[np.int64]:
-        """[cells, 4] int64: layer, phase, flagged, rows."""
-        return self._row_counts.cell_rows
+    def _rows_where(self, flagged: int) -> int:
+        rows = self._tables[1]
+        return int(rows[rows[:, 2] == flagged, 3].sum())
 
-    def _clean_cells(self, condition: str) -> tuple[npt.NDArray[np.int64], ...]:
-        """``_cells`` and ``_cell_rows`` of the rows that satisfy ``condition``."""
+    def _tables_where(self, condition: str) -> tuple[npt.NDArray[np.int64], ...]:
+        """``_tables`` of the rows that satisfy ``condition``."""
         choices = self.query(
             "SELECT layer, phase, flagged::INTEGER, expert, count(*) FROM (SELECT *, "  # noqa: S608
             f"unnest(topk_ids) AS expert FROM routes WHERE {condition}) GROUP BY ALL"

@@ -6,7 +6,7 @@
 - A row in a long run of identical rows is warm-up or padding that was logged as a token: it is left
   out where other rows remain.
 - An expert id outside the header's experts, such as the -1 that other recorders put in the place of
-  a missing row, is refused: no count could be trusted (``expert_counts.OutsideError``).
+  a missing row, is refused by ``RouteLog.counts``: no count could be trusted.
 """
 
 from __future__ import annotations
