@@ -134,48 +134,41 @@ def layer_mean(metric: Callable[[Counts1D], float]) -> Callable[[Array], float]:
     return mean
 
 
-def effective_share(counts: Counts1D) -> float:
-    """2^H / experts. No unit, 1/experts (one takes all) to 1 (even)."""
-    return usage.effective_experts(counts) / len(counts)
-
-
-def tenth_share(counts: Counts1D) -> float:
-    """``metrics.share_of_top`` of the hottest tenth. No unit, 0.1 (about; even) to 1."""
-    return usage.share_of_top(counts, hottest(len(counts)))
-
-
 def key_metrics(found: TokenCounts, parallel: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The five metrics that matter, each with unit, range, formula and 95% interval."""
     groups, experts = found.layer_groups, found.num_experts
-    tenth = hottest(experts)
-
-    def interval(metric: Callable[[Counts1D], float], low: float, high: float) -> list[float]:
-        return list(resampling.bootstrap_interval(groups, layer_mean(metric), bounds=(low, high)))
-
+    tenth, ranks = hottest(experts), key_ranks(experts)
     per_layer = found.per_layer
-    dead = int((per_layer == 0).sum())
-    ranks = key_ranks(experts)
+
+    def percent(
+        name: str, metric: Callable[[Counts1D], float], least: float, **told: str
+    ) -> dict[str, Any]:
+        mean = layer_mean(metric)
+        low, high = resampling.bootstrap_interval(groups, mean, bounds=(least, 1))
+        value = 100 * mean(per_layer)
+        return {"name": name, "value": value, "ci95": [100 * low, 100 * high], **told}
+
     answer = [
-        {
-            "name": "effective experts",
-            "value": 100 * layer_mean(effective_share)(per_layer),
-            "unit": "% of the experts",
-            "ci95": [100 * x for x in interval(effective_share, 1 / experts, 1)],
-            "range": f"{100 / experts:.3g} (one expert takes all) to 100 (even use)",
-            "formula": "2^H / experts, H = entropy of a layer's choices in bits; mean over layers",
-        },
-        {
-            "name": "load of the hottest tenth",
-            "value": 100 * layer_mean(tenth_share)(per_layer),
-            "unit": "% of the choices",
-            "ci95": [100 * x for x in interval(tenth_share, 0, 1)],
-            "range": f"{100 * tenth / experts:.3g} (even use) to 100",
-            "formula": f"choices of a layer's {tenth} busiest of {experts} experts / all choices; "
+        percent(
+            "effective experts",
+            lambda counts: usage.effective_experts(counts) / experts,
+            1 / experts,
+            unit="% of the experts",
+            range=f"{100 / experts:.3g} (one expert takes all) to 100 (even use)",
+            formula="2^H / experts, H = entropy of a layer's choices in bits; mean over layers",
+        ),
+        percent(
+            "load of the hottest tenth",
+            lambda counts: usage.share_of_top(counts, tenth),
+            0,
+            unit="% of the choices",
+            range=f"{100 * tenth / experts:.3g} (even use) to 100",
+            formula=f"choices of a layer's {tenth} busiest of {experts} experts / all choices; "
             "mean over layers",
-        },
+        ),
         {
             "name": "never used",
-            "value": float(dead),
+            "value": float((per_layer == 0).sum()),
             "unit": f"of {per_layer.size:,} experts of all layers",
             "ci95": None,
             "range": f"0 to {per_layer.size:,}",
@@ -184,26 +177,23 @@ def key_metrics(found: TokenCounts, parallel: list[dict[str, Any]]) -> list[dict
         _phase_metric(found),
     ]
     if ranks:
-        linear, spread = (
-            next(e for e in parallel if e["ranks"] == ranks and e["placement"] == name)
-            for name in ("linear", "greedy with copies")
-        )
         rank_of = placement.linear(experts, ranks)
-
-        def balance(counts: Counts1D) -> float:
-            return float(placement.balance(placement.rank_loads(counts, rank_of, ranks)))
-
+        spread = next(
+            e for e in parallel if (e["ranks"], e["placement"]) == (ranks, "greedy with copies")
+        )
         answer.append(
-            {
-                "name": f"balance over {ranks} ranks",
-                "value": 100 * linear["balance"],
-                "unit": f"% ({100 * spread['balance']:.3g}% with {spread['copies']} copies of hot "
+            percent(
+                f"balance over {ranks} ranks",
+                lambda counts: float(
+                    placement.balance(placement.rank_loads(counts, rank_of, ranks))
+                ),
+                1 / ranks,
+                unit=f"% ({100 * spread['balance']:.3g}% with {spread['copies']} copies of hot "
                 "experts)",
-                "ci95": [100 * x for x in interval(balance, 1 / ranks, 1)],
-                "range": f"{100 / ranks:.3g} (one rank does all) to 100 (even)",
-                "formula": "mean / max of the ranks' choices, experts in linear order; "
+                range=f"{100 / ranks:.3g} (one rank does all) to 100 (even)",
+                formula="mean / max of the ranks' choices, experts in linear order; "
                 "mean over layers",
-            }
+            )
         )
     return answer
 
@@ -214,30 +204,39 @@ def key_ranks(num_experts: int) -> int:
 
 
 def _phase_metric(found: TokenCounts) -> dict[str, Any]:
-    answer: dict[str, Any] = {
+    value, ci95, unit = math.nan, None, "bits"
+    if places := _phase_places(found):
+
+        def distance(counts: Array) -> float:
+            return _mean_bits(counts[:, 0], counts[:, 1])
+
+        groups = found.by_group[:, :, places]
+        value = distance(groups.sum(axis=0))
+        ci95 = list(resampling.bootstrap_interval(groups, distance, bounds=(0, 1)))
+        floor = phase_floor(found)
+        if not math.isnan(floor):
+            unit = f"bits (two halves of one phase: {floor:.2g})"
+    return {
         "name": "prefill against decode",
-        "unit": "bits",
+        "value": value,
+        "ci95": ci95,
+        "unit": unit,
         "range": "0 (the same) to 1 (no expert in common)",
         "formula": "Jensen-Shannon divergence of a layer's choices in prefill and in decode; "
         "mean over layers",
-        "value": math.nan,
-        "ci95": None,
     }
-    if not {"prefill", "decode"} <= set(found.phases):
-        return answer
-    places = [found.phases.index("prefill"), found.phases.index("decode")]
 
-    def distance(counts: Array) -> float:
-        bits = js_divergence_bits(counts[:, 0], counts[:, 1])
-        return float(np.nanmean(bits)) if not np.isnan(bits).all() else math.nan
 
-    groups = found.by_group[:, :, places]
-    answer["value"] = distance(groups.sum(axis=0))
-    answer["ci95"] = list(resampling.bootstrap_interval(groups, distance, bounds=(0, 1)))
-    floor = phase_floor(found)
-    if not math.isnan(floor):
-        answer["unit"] = f"bits (two halves of one phase: {floor:.2g})"
-    return answer
+def _phase_places(found: TokenCounts) -> list[int]:
+    """The indices of prefill and decode; empty where the log does not say the phase."""
+    known = ("prefill", "decode")
+    return [found.phases.index(p) for p in known] if set(known) <= set(found.phases) else []
+
+
+def _mean_bits(a: Array, b: Array) -> float:
+    """The mean over layers of the Jensen-Shannon divergence. a, b: [layers, experts]."""
+    bits = js_divergence_bits(a, b)
+    return float(np.nanmean(bits)) if not np.isnan(bits).all() else math.nan
 
 
 def phase_divergence(found: TokenCounts) -> Array:
@@ -251,64 +250,54 @@ def phase_floor(found: TokenCounts) -> float:
     Of the phase with fewer choices, every second request against the others, mean over layers; each
     half is smaller than either phase, so this is above the true floor. NaN below 2 requests.
     """
-    if not {"prefill", "decode"} <= set(found.phases) or len(found.by_group) < 2:
+    places = _phase_places(found)
+    if not places or len(found.by_group) < 2:
         return math.nan
-    places = [found.phases.index("prefill"), found.phases.index("decode")]
     smaller = min(places, key=lambda p: int(found.counts[:, p].sum()))
-    halves = [found.by_group[half::2, :, smaller].sum(axis=0) for half in (0, 1)]
-    bits = js_divergence_bits(*halves)
-    return float(np.nanmean(bits)) if not np.isnan(bits).all() else math.nan
+    return _mean_bits(*(found.by_group[half::2, :, smaller].sum(axis=0) for half in (0, 1)))
 
 
 # ---- expert parallelism ------------------------------------------------------------------------
+
+#: Placements that need no counts: (experts, ranks) -> [experts] the rank of each.
+FIXED = {"linear": placement.linear, "round robin": placement.round_robin}
 
 
 def expert_parallel(found: TokenCounts) -> list[dict[str, Any]]:
     """Balance of each EP size and placement: mean over layers, and the worst layer.
 
-    The two fixed placements need no counts. The greedy ones are planned on every second request and
+    The fixed placements need no counts. The greedy ones are planned on every second request and
     measured on the others, as a plan is made on yesterday's traffic; with one request, on itself.
     """
-    groups = found.layer_groups
+    groups, experts = found.layer_groups, found.num_experts
     alone = len(groups) < 2
     plan_on = groups[0::2].sum(axis=0)
     measure_on = plan_on if alone else groups[1::2].sum(axis=0)
-    answer = []
-    for ranks in EP_SIZES:
-        if ranks > found.num_experts:
-            break
-        answer += [
-            _balance(found.per_layer, ranks, "linear", placement.linear(found.num_experts, ranks)),
-            _balance(
-                found.per_layer,
-                ranks,
-                "round robin",
-                placement.round_robin(found.num_experts, ranks),
-            ),
-        ]
-        extra = placement.fewest_extra(found.num_experts, ranks)
+    used = plan_on.any(axis=1) & measure_on.any(axis=1)
+    answer: list[dict[str, Any]] = []
+
+    def add(ranks: int, name: str, balances: Array, copies: int = 0, **facts: bool) -> None:
+        known = balances[~np.isnan(balances)]
+        answer.append(
+            {
+                "ranks": ranks,
+                "placement": name,
+                "balance": float(known.mean()) if len(known) else math.nan,
+                "worst_layer": float(known.min()) if len(known) else math.nan,
+                "copies": copies,
+                **facts,
+            }
+        )
+
+    for ranks in (size for size in EP_SIZES if size <= experts):
+        for name, place in FIXED.items():
+            loads = placement.rank_loads(found.per_layer, place(experts, ranks), ranks)
+            add(ranks, name, placement.balance(loads))
+        extra = placement.fewest_extra(experts, ranks)
         for name, copies in (("greedy", extra - ranks), ("greedy with copies", extra)):
-            balances = []
-            for layer in range(len(found.layers)):
-                if plan_on[layer].any() and measure_on[layer].any():
-                    plan = placement.replicated(plan_on[layer], ranks, copies)
-                    balances.append(float(placement.balance(plan.loads(measure_on[layer]))))
-            answer.append(
-                _entry(ranks, name, balances)
-                | {"copies": copies, "planned_on_other_requests": not alone}
-            )
+            plans = [placement.replicated(counts, ranks, copies) for counts in plan_on[used]]
+            measured = zip(plans, measure_on[used], strict=True)
+            loads = np.array([plan.loads(counts) for plan, counts in measured])
+            balances = placement.balance(loads.reshape(-1, ranks))
+            add(ranks, name, balances, copies, planned_on_other_requests=not alone)
     return answer
-
-
-def _balance(counts: Array, ranks: int, name: str, rank_of: Any) -> dict[str, Any]:
-    balances = placement.balance(placement.rank_loads(counts, rank_of, ranks))
-    return _entry(ranks, name, balances[~np.isnan(balances)].tolist()) | {"copies": 0}
-
-
-def _entry(ranks: int, name: str, balances: list[float]) -> dict[str, Any]:
-    return {
-        "ranks": ranks,
-        "placement": name,
-        "balance": float(np.mean(balances)) if balances else math.nan,
-        "worst_layer": min(balances, default=math.nan),
-    }

@@ -14,7 +14,7 @@ import numpy as np
 from expert_profiler.log import tokens, vocabulary
 from expert_profiler.log.route_log import RouteLog
 from expert_profiler.log.token_counts import TokenCounts, count_tokens
-from expert_profiler.metrics import coactivation, placement, resampling, token_types, usage
+from expert_profiler.metrics import coactivation, resampling, token_types, usage
 from expert_profiler.report import log_metrics
 
 SCHEMA = 1
@@ -117,7 +117,7 @@ def _by_pass(log: RouteLog, condition: str, num_experts: int) -> dict[str, Any]:
     ranks = log_metrics.key_ranks(num_experts)
     found: dict[str, Any] = {"ranks": ranks}
     if ranks:
-        for name, place in (("linear", placement.linear), ("round robin", placement.round_robin)):
+        for name, place in log_metrics.FIXED.items():
             found[name] = pass_balance(log, condition, place(num_experts, ranks), ranks)
     return found
 
