@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Measure how fast logs are read, side by side: python tools/bench_reading.py [--rows N]
 
 The yardstick is a line-by-line ``json.loads`` loop with a ``Counter`` by layer and expert. Every

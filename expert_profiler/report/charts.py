@@ -62,7 +62,6 @@ class Grid:
     x: str
     y: str
     rows: Sequence[object] | None = None  # labels of the rows; None: their numbers
-    columns: Sequence[object] | None = None
     most_columns: int = 26  # labelled ones; half a page has room for 11
 
 
@@ -184,7 +183,7 @@ def heat_map(
         origin="upper",
     )
     dress(axes, grid.title, grid.x, grid.y, grid=False)
-    _ticks(axes.xaxis, grid.columns, grid.values.shape[1], grid.most_columns)
+    _ticks(axes.xaxis, None, grid.values.shape[1], grid.most_columns)
     _ticks(axes.yaxis, grid.rows, grid.values.shape[0], 22)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, extend=extend)
     bar.set_label(unit, size=_TEXT, color=_INK)

@@ -21,20 +21,19 @@ from expert_profiler.report import log_metrics, report_data
 SCHEMA = 1
 Array = npt.NDArray[Any]
 
-#: The metrics that compare between any two models, with their names for people.
-NORMALISED = {
-    "topk_entropy_lack": "lack of entropy (0 even to 1)",
-    "topk_excess_peak": "excess peak (0 even to 1)",
-    "topk_gini": "Gini (0 even to 1)",
-    "topk_coefficient_of_variation": "coefficient of variation (0 even to 1)",
-}
-PLAIN = {
+#: The metrics that are shown for every run, with their names for people.
+METRICS = {
     "entropy_bits": "entropy (bits)",
     "normalised_entropy": "normalised entropy (0 to 1 = even)",
     "effective_experts": "effective experts (experts)",
     "max_over_mean": "max / mean (1 = even)",
     "share_of_hottest_tenth": "share of the hottest tenth (0 to 1)",
     "never_used": "never used (experts a layer)",
+    # These compare between any two models.
+    "topk_entropy_lack": "top-k-normalised lack of entropy (0 even to 1)",
+    "topk_excess_peak": "top-k-normalised excess peak (0 even to 1)",
+    "topk_gini": "top-k-normalised Gini (0 even to 1)",
+    "topk_coefficient_of_variation": "top-k-normalised coefficient of variation (0 even to 1)",
 }
 
 
@@ -148,12 +147,12 @@ def coverage_by_fraction(run: Run, phase: str, fractions: Array) -> Array:
 
 
 def _described(run: Run, phase: str) -> dict[str, Any]:
-    counts = run.groups(phase).sum(axis=0)
+    groups = run.groups(phase)
+    counts = groups.sum(axis=0)
     entries = [
         {"layer": layer, "all": log_metrics.of_counts(row, top_k)}
         for layer, row, top_k in zip(run.counts.layers, counts, run.counts.top_k, strict=True)
     ]
-    groups = run.groups(phase)
     return {
         "name": run.name,
         "verdict": run.verdict,
@@ -176,10 +175,9 @@ def table(data: dict[str, Any]) -> str:
         ("layers x experts, top-k", [shape(run["run"]) for run in runs]),
         ("rows", [f"{run['run']['rows']:,}" for run in runs]),
     ]
-    for name, label in (PLAIN | NORMALISED).items():
-        prefix = "top-k-normalised " if name in NORMALISED else ""
+    for name, label in METRICS.items():
         values = [run["mean_over_layers"].get(name, math.nan) for run in runs]
-        rows.append((prefix + label, ["-" if math.isnan(v) else f"{v:.4g}" for v in values]))
+        rows.append((label, ["-" if math.isnan(v) else f"{v:.4g}" for v in values]))
     first = max(len(label) for label, _ in rows) + 2
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(runs))]
     lines = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from expert_profiler.report import charts, comparison_charts, page
-from expert_profiler.report.comparison import NORMALISED, PLAIN, Run, sentence, shape
+from expert_profiler.report.comparison import METRICS, Run, sentence, shape
 
 _FACTS = ("log", "model_id", "dtype", "quantization", "device", "vllm_version", "requests")
 
@@ -24,7 +24,10 @@ def html(data: dict[str, Any], runs: list[Run]) -> str:
         notes=_notes(data["runs"]),
         sentences=[sentence(found) for found in data["comparisons"]],
         facts=_facts(data["runs"]),
-        metrics=_metrics(data["runs"]),
+        metrics=[
+            [label, *(run["mean_over_layers"].get(name) for run in data["runs"])]
+            for name, label in METRICS.items()
+        ],
         by_depth=charts.png(comparison_charts.by_depth(data)),
         coverage=charts.png(comparison_charts.coverage(runs, data["phase"])),
         known=known,
@@ -54,15 +57,6 @@ def _facts(runs: list[dict[str, Any]]) -> list[list[object]]:
         if any(value is not None for value in values):
             rows.append([fact.replace("_", " "), *("-" if v is None else str(v) for v in values)])
     return [*rows, ["layers x experts, top-k", *(shape(run["run"]) for run in runs)]]
-
-
-def _metrics(runs: list[dict[str, Any]]) -> list[list[object]]:
-    """A row a metric, its mean over layers in a column a run."""
-    labels = PLAIN | {name: f"top-k-normalised {label}" for name, label in NORMALISED.items()}
-    return [
-        [label, *(run["mean_over_layers"].get(name) for run in runs)]
-        for name, label in labels.items()
-    ]
 
 
 def _pair(found: dict[str, Any]) -> tuple[object, ...]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic logs are sound logs of the asked size, and the same ones every time."""
 
 from __future__ import annotations

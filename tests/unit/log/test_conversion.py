@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSONL and Parquet hold the same log: converting loses nothing, and every reader agrees."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from expert_profiler.commands import convert, validate
 from expert_profiler.errors import UserError
 from expert_profiler.log import conversion, open_log, part_files, row_identity, validation
-from expert_profiler.log import records as recordio
+from expert_profiler.log import records as log_records
 from expert_profiler.log.run_files import open_file
 from tests.support.logs import (
     Record,
@@ -161,8 +162,8 @@ def test_small_parts_are_merged(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_log(path, run_rows())
-    monkeypatch.setattr(recordio, "_CHUNK_BYTES", 400)
-    monkeypatch.setattr(recordio, "PART_ROWS", 4)
+    monkeypatch.setattr(log_records, "_CHUNK_BYTES", 400)
+    monkeypatch.setattr(log_records, "PART_ROWS", 4)
     many = parquet_of(path)
     assert len(list(many.iterdir())) > 5
     monkeypatch.undo()

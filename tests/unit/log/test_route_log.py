@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading logs: true counts of good ones, one helpful line for each kind of bad one."""
 
 from __future__ import annotations

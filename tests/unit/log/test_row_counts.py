@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The counting pass agrees with plain loops, however the rows are cut into batches."""
 
 from __future__ import annotations

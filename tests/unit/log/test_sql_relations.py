@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A log answers SELECTs over documented relations, reads nothing else and writes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one pass counts, against plain loops over the rows; and not by how batches fall."""
 
 from __future__ import annotations

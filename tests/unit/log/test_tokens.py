@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens of a log: every row once, in the order of the text, in batches of any size."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each check of the validator passes on a sound run and fails on the fault it is there for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts chosen together, against dictionaries and closed forms."""
 
 from __future__ import annotations

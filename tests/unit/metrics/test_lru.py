@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cache curve, against a cache that is really kept, and closed forms."""
 
 from __future__ import annotations

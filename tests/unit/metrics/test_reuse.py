@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reuse of experts by the next token, against sets."""
 
 from __future__ import annotations

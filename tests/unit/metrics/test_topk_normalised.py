@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics that compare between top_k: their ends, and a second implementation."""
 
 from __future__ import annotations

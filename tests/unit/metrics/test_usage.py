@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures, against hand-computed values and a second, naive implementation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """compare as its user meets it, and its figures against the functions they come from."""
 
 from __future__ import annotations

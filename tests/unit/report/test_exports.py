@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports, read back the way their consumers read them."""
 
 from __future__ import annotations

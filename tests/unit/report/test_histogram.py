@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """make_hist.py as its user meets it: figures, plot, refusals, exit codes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page: log text is never markup, numbers are short, no two texts of a picture overlap."""
 
 from __future__ import annotations

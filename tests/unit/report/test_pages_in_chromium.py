@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Report and comparison in a real browser: what a log says is text there, whatever it says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report: its figures by hand, its page safe and complete, contamination with and without."""
 
 from __future__ import annotations
