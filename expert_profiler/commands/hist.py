@@ -121,7 +121,7 @@ def summary(log: RouteLog, counts: Counts, include_flagged: bool = False) -> str
 
 
 def status_line(log: Path) -> Callable[[float], None] | None:
-    """A line on stderr that rewrites itself, for people only."""
+    """Shows the percentage on a line of stderr that rewrites itself; None if it is no terminal."""
     if not sys.stderr.isatty():
         return None
     started = time.monotonic()

@@ -67,6 +67,6 @@ def errors_named(files: Sequence[LogFile]) -> Iterator[None]:
     except (duckdb.Error, UnicodeDecodeError) as error:
         raise_bad_line(files)
         fact = str(error).splitlines()[0]
-        if isinstance(error, UnicodeDecodeError):  # it cut its own message within a character
+        if isinstance(error, UnicodeDecodeError):  # DuckDB's own message is cut inside a character
             fact = "DuckDB refuses a line, and what it says of it is no text"
         raise UserError(f"{files[0].path}: {fact}; {RECORD_AGAIN}") from None

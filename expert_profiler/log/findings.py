@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a log's own records and rows say against it: checks, and the same in sentences."""
+"""Check a log by its own records and rows; every check can state its finding in a sentence."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file of a log: its header and its end record, wherever they stand."""
+"""The header and the end record of one file of a log, of either format."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def parse_header(path: Path, line: bytes) -> Meta:
 
 
 def _check_text(raw: object) -> None:
-    """JSON can escape half a character, which no page and no other log can hold: ValueError."""
+    """Raise ValueError for what UTF-8 can't encode: JSON can escape half a surrogate pair."""
     json.dumps(raw, ensure_ascii=False).encode()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A route log as a stream of records, read and written without loss in both formats."""
+"""Read and write a route log of either format as a stream of records, without loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PART_ROWS = 1 << 20
 
 
 class UnfitError(Exception):
-    """A value does not fit the types that a :class:`Plan` says."""
+    """A value does not fit the types of a :class:`Plan`."""
 
 
 class Chunk(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a route log of any size, a JSONL file or a Parquet directory.
+"""Read a route log of any size, a JSONL file or a Parquet directory.
 
 Opening it takes one pass that counts (``RowCounts``), in memory that does not grow with the rows.
 Whatever else is asked goes to DuckDB, as SQL over ``routes``: a Parquet log is read in place, a
@@ -172,7 +172,7 @@ class RouteLog:
     def usable_rows(
         self, *, include_flagged: bool = False, include_identical: bool = False
     ) -> UsableRows:
-        """Which rows to count, as a condition on ``routes``; the module of the name says why."""
+        """Which rows to count, as a condition on ``routes``; ``log/usable_rows.py`` says why."""
         return usable_rows.choose(
             IdenticalRuns() if include_identical else self.identical_runs,
             num_rows=self.num_rows,
@@ -201,7 +201,7 @@ class RouteLog:
         return usable_rows.find_identical_runs(self.connection, self.num_rows)
 
     def query(self, sql: str, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
-        """Ask ``routes`` (one row a usable route line, flagged ones included) anything.
+        """The answer to SQL over ``routes``: one row a route line, flagged ones included.
 
             log.query("SELECT layer, count(*) FROM routes WHERE NOT flagged GROUP BY layer")
 
@@ -290,7 +290,7 @@ class RouteLog:
             self.connection.close()
 
     def _scan(self, on_progress: Callable[[float], None] | None) -> None:
-        """The one pass that every log gets: count, and find what is malformed."""
+        """Count all rows in one pass, and find what is malformed."""
         if len({bool(file.parts) for file in self.files}) > 1:
             raise UserError(
                 f"{self.path}: some ranks' logs are Parquet and some JSONL; convert one"

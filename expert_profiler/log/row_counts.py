@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one pass over the rows counts: choices, rows, requests, and whether rows may repeat.
+"""Count choices, rows and requests in one pass over the rows, and notice rows that may repeat.
 
 Pure numpy. Memory depends on the layers, experts and requests of a log, not on its rows.
 """
@@ -23,7 +23,7 @@ Ints = npt.NDArray[Any]
 
 
 class RowBatch(NamedTuple):
-    """Consecutive usable rows of one file, in file order.
+    """Consecutive route rows of one file, in file order.
 
     Attributes:
         names: request ids that ``request`` points into.
@@ -46,13 +46,11 @@ class RowBatch(NamedTuple):
 
 
 class RowCounts:
-    """Counts batches; the results stand in the properties."""
+    """Adds up batches of rows; the properties hold the results."""
 
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
-        self._slots: Ints = np.full(
-            64, -1, dtype=np.int64
-        )  # by layer, where the layer is in _DENSE
+        self._slots: Ints = np.full(64, -1, dtype=np.int64)  # by layer, of those below _DENSE
         self._choices: Ints = np.zeros((0, _KINDS, 0), dtype=np.int64)
         self._rows: Ints = np.zeros((0, _KINDS), dtype=np.int64)
         self._strange: dict[tuple[int, int, int], int] = {}  # (slot, kind, id outside _DENSE)
@@ -198,7 +196,7 @@ class _Positions:
         return len(self._code_of)
 
     def see(self, names: Sequence[str], request: Ints) -> Ints:
-        """[n] the requests' codes; new ones are taken in."""
+        """[n] the requests' codes; a new request gets the next one."""
         used = np.flatnonzero(np.bincount(request)).tolist()
         codes = np.full(len(names), -1, dtype=np.int64)
         for i in used:

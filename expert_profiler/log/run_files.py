@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of one run: those of its ranks, and those a bounded file went on in."""
+"""Find the files of one run: one a rank, or several where their size was bounded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_run(path: Path) -> list[LogFile]:
 
 
 def _with_followers(file: LogFile, listed: set[str]) -> list[LogFile]:
-    """The file and those it went on in, where its size was bounded.
+    """The file and its followers, which the recording went on in when the file was full.
 
     listed: names of the run's files so far; the followers' are added.
     """

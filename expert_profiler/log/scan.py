@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log's rows, batch by batch, for ``RowCounts``: JSONL by DuckDB, Parquet by pyarrow."""
+"""Read a log's rows batch by batch into ``RowCounts``: JSONL by DuckDB, Parquet by pyarrow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FROM {{source}} WHERE kind <> 1
 
 
 class MalformedError(Exception):
-    """A line or a value that no writer of route logs writes; where it is has yet to be found."""
+    """A line or a value is no part of a route log; its place is not known yet."""
 
 
 def scan_jsonl(db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], counts: RowCounts) -> int:

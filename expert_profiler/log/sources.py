@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How DuckDB reaches the rows of a log: SQL text, nothing else."""
+"""SQL text that gives DuckDB the rows of a log."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over a log's tokens that counts everything the report and the comparison ask for.
+"""Count everything that report and comparison show, in one pass over a log's tokens.
 
 Only tables of experts are kept, so memory depends on the model and not on the log.
 """
@@ -27,7 +27,7 @@ Labeller: TypeAlias = Callable[[TokenBatch], "npt.NDArray[np.int8]"]
 
 #: Requests are resampled in at most so many groups; with more requests, each group is every n-th.
 MAX_GROUPS = 256
-#: The cache curve is the dearest metric; it needs no more tokens than this.
+#: The cache curve costs the most time; it needs no more tokens than this.
 CACHE_TOKENS = 50_000
 
 
@@ -102,7 +102,7 @@ def count_tokens(
     groups = min(len(tokens.request_names(log)), MAX_GROUPS)
     top_ks = tokens.top_ks(log, condition)
     counts = TokenCounts(log, top_ks, groups, 0 if labels is None else classes)
-    counting = _Pass(counts)
+    counting = _TokenPass(counts)
     for batch in tokens.batches(log, condition, on_tokens=on_tokens):
         counting.add(batch, None if labels is None else labels(batch))
     if counts.tokens == 0:
@@ -112,7 +112,7 @@ def count_tokens(
     return counts
 
 
-class _Pass:
+class _TokenPass:
     """One pass over the tokens, which fills ``counts``."""
 
     def __init__(self, counts: TokenCounts) -> None:
@@ -216,7 +216,7 @@ class _Pass:
         return wanted
 
     def _cache(self, layer: int, ids: Ints) -> None:
-        """Go on with the cache as the last batch left it: replay its experts, oldest first."""
+        """Count the hits of a cache that holds what the last batch left, replayed oldest first."""
         if not len(ids):
             return
         accesses = np.concatenate([self.recent[layer], ids.ravel()])

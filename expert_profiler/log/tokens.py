@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log token by token: the rows of all layers of a token side by side, in the order of the text.
+"""Read a log token by token, in the order of the text: a token's rows of all layers together.
 
 Rows are sorted by DuckDB, which spills to disk, and come in batches, so memory does not grow with
 the log.
@@ -8,7 +8,7 @@ the log.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,13 +46,7 @@ class TokenBatch:
 
     def part(self, tokens: slice) -> TokenBatch:
         """A copy of some of the tokens."""
-        return TokenBatch(
-            self.request[tokens].copy(),
-            self.position[tokens].copy(),
-            self.phase[tokens].copy(),
-            self.ids[tokens].copy(),
-            self.weights[tokens].copy(),
-        )
+        return TokenBatch(*(getattr(self, column.name)[tokens].copy() for column in fields(self)))
 
 
 def top_ks(log: RouteLog, condition: str = UNFLAGGED) -> list[int]:

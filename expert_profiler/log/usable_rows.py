@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of a log are counted: the one decision of histogram, report, comparison and exports.
+"""Decide which rows are counted, for histogram, report, comparison and exports alike.
 
 - A flagged row (recomputed, overrun or rejected) is not part of its request's sequence, or not for
   the first time: it is left out.

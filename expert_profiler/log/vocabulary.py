@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class of every token of a log: ``outputs.jsonl`` has the ids, the checkpoint the texts."""
+"""Classify every token of a log: ``outputs.jsonl`` has the ids, the checkpoint the texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAMPLE_TOKENS = 20_000
 
 
 class UnavailableError(Exception):
-    """Why there is no token-type view; the report says it."""
+    """Token types can't be shown; the message says why, and the report repeats it."""
 
 
 def find(

@@ -72,8 +72,6 @@ class DivergenceTest:
     mean_observed: float
     mean_null: float
     mean_p_value: float
-    draws: int
-    paired: bool
 
 
 def divergence_test(
@@ -111,6 +109,4 @@ def divergence_test(
         mean_observed=mean,
         mean_null=float(means.mean()),
         mean_p_value=float((1 + (means >= mean - 1e-12).sum()) / (1 + draws)),
-        draws=draws,
-        paired=paired,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of a report and a comparison, drawn without pyplot: no display, no global state.
+"""Draw lines, bars and heat maps for report and comparison, without pyplot's global state.
 
 Colours run from light (little) to dark (much), so that they read in greyscale; lines differ by
 marker and dash besides colour, bars by hatching.
@@ -115,8 +115,8 @@ def lines(
     if bottom is not None:
         axes.margins(y=0.08)
         axes.set_ylim(bottom=bottom)
-    dress(axes, title, xlabel, ylabel)
-    legend(axes)
+    _label_axes(axes, title, xlabel, ylabel)
+    _legend(axes)
 
 
 def bars(
@@ -147,8 +147,8 @@ def bars(
         if one.low is not None:
             axes.hlines(one.low, at - width * 0.46, at + width * 0.46, color=_INK, linewidth=2)
     axes.set_xticks(places, [str(group) for group in groups])
-    dress(axes, title, xlabel, ylabel)
-    legend(axes)
+    _label_axes(axes, title, xlabel, ylabel)
+    _legend(axes)
 
 
 def heat_map(
@@ -182,7 +182,7 @@ def heat_map(
         interpolation="nearest",
         origin="upper",
     )
-    dress(axes, grid.title, grid.x, grid.y, grid=False)
+    _label_axes(axes, grid.title, grid.x, grid.y, grid=False)
     _ticks(axes.xaxis, None, grid.values.shape[1], grid.most_columns)
     _ticks(axes.yaxis, grid.rows, grid.values.shape[0], 22)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, extend=extend)
@@ -192,7 +192,7 @@ def heat_map(
         bar.set_ticks(list(ticks), labels=list(ticks.values()))
 
 
-def dress(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
+def _label_axes(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
     axes.set_title(title, size=_TEXT + 1.5, color=_INK, loc="left", parse_math=False, wrap=True)
     axes.set_xlabel(xlabel, size=_TEXT, color=_INK, parse_math=False)
     axes.set_ylabel(ylabel, size=_TEXT, color=_INK, parse_math=False)
@@ -203,8 +203,8 @@ def dress(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend(axes: Axes) -> None:
-    """Under the panel, where no line can run through it, and not wider than the panel."""
+def _legend(axes: Axes) -> None:
+    """Put the legend under the panel, where no line runs through it, and not wider than that."""
     labels = axes.get_legend_handles_labels()[1]
     columns = 4 if len(axes.figure.axes) == 1 else 2 if max(map(len, labels)) <= 30 else 1
     found = axes.legend(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The content of ``compare.json``: the metrics of each log, and of each beside the first."""
+"""Compare logs: the content of ``compare.json`` and the console's summary."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def compared(runs: list[Run], phase: str = "all") -> dict[str, Any]:
 
 
 def against(a: Run, b: Run, phase: str) -> dict[str, Any]:
-    """b beside a, expert by expert, on the layers that both have; only normalised otherwise."""
+    """Compare b with a: expert by expert on the layers of both, if they have as many experts."""
     answer: dict[str, Any] = {"a": a.name, "b": b.name}
     if a.counts.num_experts != b.counts.num_experts:
         return answer | {
@@ -111,7 +111,7 @@ def against(a: Run, b: Run, phase: str) -> dict[str, Any]:
         "expert_by_expert": True,
         "layers": layers,
         "same_model": a.facts.get("model_id") == b.facts.get("model_id"),
-        "paired_by_request": test.paired,
+        "paired_by_request": order is not None,
         "js_divergence_bits": test.observed,
         "js_divergence_by_chance_bits": test.null_mean,
         "js_divergence_by_chance_p95_bits": test.null_p95,
@@ -150,7 +150,7 @@ def _described(run: Run, phase: str) -> dict[str, Any]:
     groups = run.groups(phase)
     counts = groups.sum(axis=0)
     entries = [
-        {"layer": layer, "all": log_metrics.of_counts(row, top_k)}
+        {"layer": layer, "all": log_metrics.distribution_metrics(row, top_k)}
         for layer, row, top_k in zip(run.counts.layers, counts, run.counts.top_k, strict=True)
     ]
     return {

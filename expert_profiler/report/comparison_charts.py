@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of a comparison: each answers the question in its title."""
+"""Draw a comparison's charts: each answers the question in its title."""
 
 from __future__ import annotations
 

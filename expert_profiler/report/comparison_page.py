@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison as a page: ``compare.html``."""
+"""Render a comparison: ``compare.html``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log's counts as the bytes of a file that another tool reads.
+"""Turn a log's counts into the bytes of a file that another tool reads.
 
 Each export is ``(log, options) -> (content, one line that says what is in it)``.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The expert histogram. Drawn without pyplot: no display, no global state."""
+"""Draw the expert histogram, without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def load_ahead() -> None:
     """Import matplotlib, half a second's work, while something else is waited for."""
 
     def load() -> None:
-        # Who draws imports it again, and then hears of an error.
+        # Drawing imports it again, and that import's error reaches the user.
         with contextlib.suppress(ImportError):
             import matplotlib.backends.backend_agg
             import matplotlib.figure  # noqa: F401
@@ -144,7 +144,7 @@ def _bars(axes: Axes, counts: Counts) -> None:
     axes.set_ylim(0, peak * 1.28)  # room for the labels of _mark_top
     axes.set_xlim(-0.8, experts - 0.2)
     _mark_top(axes, counts.per_expert, base)
-    _dress(axes, experts, float(total))
+    _scale_axes(axes, experts, float(total))
 
 
 def _mark_top(axes: Axes, per_expert: npt.NDArray[np.int64], heights: Any) -> None:
@@ -194,7 +194,7 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
     return [min(max(x, first), last) + rank * gap for rank, x in enumerate(flat)]
 
 
-def _dress(axes: Axes, experts: int, total: float) -> None:
+def _scale_axes(axes: Axes, experts: int, total: float) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
     step = next(step for step in (1, 5, 10, 20, 50, 100, 500, 10**6) if experts / step <= 33)

@@ -39,7 +39,7 @@ def hottest(num_experts: int) -> int:
     return max(1, round(TOP_SHARE * num_experts))
 
 
-def of_counts(counts: Counts1D, top_k: int) -> dict[str, float]:
+def distribution_metrics(counts: Counts1D, top_k: int) -> dict[str, float]:
     """Every metric of one distribution. counts: [experts] of a layer with this top_k."""
     tenth = hottest(len(counts))
     metrics = {
@@ -74,11 +74,11 @@ def by_layer(found: TokenCounts) -> list[dict[str, Any]]:
             "layer": layer,
             "top_k": top_k,
             "rows": int(found.rows[number].sum()),
-            "all": of_counts(found.per_layer[number], top_k),
+            "all": distribution_metrics(found.per_layer[number], top_k),
         }
         for p, phase in enumerate(found.phases):
-            entry[phase] = of_counts(found.counts[number, p], top_k)
-        entry["next_token_reuse"] = reuse_of(found, number)
+            entry[phase] = distribution_metrics(found.counts[number, p], top_k)
+        entry["next_token_reuse"] = reuse_metrics(found, number)
         entry["coactivation_bits"] = coactivation.pair_information_bits(found.pairs[number])
         entry["coactivation_chance_bits"] = coactivation.pair_chance_bits(found.pairs[number])
         if number < len(found.transitions):
@@ -90,7 +90,7 @@ def by_layer(found: TokenCounts) -> list[dict[str, Any]]:
     return entries
 
 
-def reuse_of(found: TokenCounts, number: int) -> dict[str, float]:
+def reuse_metrics(found: TokenCounts, number: int) -> dict[str, float]:
     """Next-token reuse of one layer: by phase, beside what popularity alone and even use give."""
     top_k = found.top_k[number]
     if not top_k:

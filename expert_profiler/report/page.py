@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages from templates: self-contained HTML that opens offline and prints on A4; and their JSON.
+"""Render pages from templates: self-contained HTML that opens offline and prints on A4.
 
 Templates escape every value, so that no name, id or prompt of a log becomes markup.
 """

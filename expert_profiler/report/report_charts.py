@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's charts: each answers the question in its title."""
+"""Draw the report's charts: each answers the question in its title."""
 
 from __future__ import annotations
 
@@ -111,12 +111,6 @@ def together(
         return None, None
     pairs, tokens = found.pairs[number], int(found.rows[number].sum())
     single = np.diagonal(pairs).astype(float)
-    figure, [left, right] = charts.new_figure(4.3, 2, (1, 1.25))
-    _information(
-        left, found.layers, entries, "coactivation_bits",
-        "pairs of experts beyond their popularity", "Do experts go in fixed teams?",
-        "information in pairs (bits)",
-    )  # fmt: skip
     grid = Grid(
         f"Layer {found.layers[number]}: chosen together more often than by chance?",
         _log_lift(coactivation.lift(pairs, tokens), np.outer(single, single) / tokens),
@@ -124,7 +118,10 @@ def together(
         "expert (id)",
         most_columns=11,
     )
-    _lift_map(figure, right, grid)
+    figure = _information_and_map(
+        entries, "coactivation_bits", "pairs of experts beyond their popularity", grid,
+        title="Do experts go in fixed teams?", ylabel="information in pairs (bits)",
+    )  # fmt: skip
     return figure, found.layers[number]
 
 
@@ -133,12 +130,6 @@ def transitions(found: TokenCounts, entries: Sequence[dict[str, Any]]) -> Figure
     number = _furthest(entries, "transition_bits")
     if number is None:
         return None
-    figure, [left, right] = charts.new_figure(4.3, 2, (1, 1.25))
-    _information(
-        left, found.layers[:-1], entries, "transition_bits",
-        "expert here and in the next layer", "Does a layer foretell the next?",
-        "mutual information (bits)",
-    )  # fmt: skip
     here, there = found.layers[number], found.layers[number + 1]
     grid = Grid(
         f"From layer {here} to {there}: more often than by chance?",
@@ -147,8 +138,10 @@ def transitions(found: TokenCounts, entries: Sequence[dict[str, Any]]) -> Figure
         f"expert in layer {here} (id)",
         most_columns=11,
     )
-    _lift_map(figure, right, grid)
-    return figure
+    return _information_and_map(
+        entries, "transition_bits", "expert here and in the next layer", grid,
+        title="Does a layer foretell the next?", ylabel="mutual information (bits)",
+    )  # fmt: skip
 
 
 def caching(found: TokenCounts, entries: Sequence[dict[str, Any]]) -> Figure:
@@ -248,26 +241,26 @@ def token_map(found: TokenCounts, tests: Sequence[token_types.PermutationTest]) 
     return figure
 
 
-def _information(
-    axes: Any,
-    layers: Sequence[int],
-    entries: Sequence[dict[str, Any]],
-    name: str,
-    label: str,
-    title: str,
-    ylabel: str,
-) -> None:
+def _information_and_map(
+    entries: Sequence[dict[str, Any]], name: str, label: str, grid: Grid, **texts: str
+) -> Figure:
+    """An information by layer, beside what sampling alone gives, and a map of lifts."""
+    figure, [left, right] = charts.new_figure(4.3, 2, (1, 1.25))
     known = [entry for entry in entries if name in entry]
-    floor = name.replace("_bits", "_chance_bits")
-    charts.lines(
-        axes, layers,
-        [
-            Series(label, np.array([entry[name] for entry in known])),
-            Series("by sampling alone", np.array([entry[floor] for entry in known])),
-        ],
-        title=title, xlabel="layer (index)", ylabel=ylabel, bottom=0,
-    )  # fmt: skip
-    charts.by_layer_axis(axes, layers)
+    layers = [entry["layer"] for entry in known]
+    series = [
+        Series(text, np.array([entry[key] for entry in known]))
+        for text, key in ((label, name), ("by sampling alone", _floor(name)))
+    ]
+    charts.lines(left, layers, series, xlabel="layer (index)", bottom=0, **texts)
+    charts.by_layer_axis(left, layers)
+    _lift_map(figure, right, grid)
+    return figure
+
+
+def _floor(name: str) -> str:
+    """The metric that says what sampling alone gives."""
+    return name.replace("_bits", "_chance_bits")
 
 
 def _lift_map(figure: Figure, axes: Any, grid: Grid) -> None:
@@ -294,8 +287,7 @@ def _furthest(entries: Sequence[dict[str, Any]], name: str) -> int | None:
     """The entry that is furthest above what sampling alone gives; None where none has a value."""
     if all(math.isnan(entry.get(name, math.nan)) for entry in entries):
         return None
-    floor = name.replace("_bits", "_chance_bits")
-    above = [entry[name] - entry[floor] if name in entry else -math.inf for entry in entries]
+    above = [entry[name] - entry[_floor(name)] if name in entry else -math.inf for entry in entries]
     return int(np.argmax(np.nan_to_num(above, nan=-math.inf)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The content of ``report.json`` from an opened log, and the counts behind it."""
+"""Collect the content of ``report.json`` from an opened log, with the counts behind it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def collect(
         "mean_over_layers": {
             part: log_metrics.mean_over_layers(entries, part) for part in ("all", *found.phases)
         },
-        "all_layers_added_up": log_metrics.of_counts(found.per_layer.sum(axis=0), 0),
+        "all_layers_added_up": log_metrics.distribution_metrics(found.per_layer.sum(axis=0), 0),
         "layers": entries,
         "prefill_decode_divergence_bits": log_metrics.phase_divergence(found),
         "prefill_decode_divergence_floor_bits": log_metrics.phase_floor(found),
@@ -85,7 +85,7 @@ def collect(
         "cache": _cache(found),
         "coactivation_top_pairs": _top_pairs(found),
         "hot_experts": hot_experts(found),
-        "never_used_experts": dead_experts(found),
+        "never_used_experts": never_used_experts(found),
         "token_types": _token_types(found, tests, without_types),
         "counts": {
             "axes": ["layer", "phase", "expert"],
@@ -103,7 +103,7 @@ def collect(
 
 
 def verdict(log: RouteLog) -> dict[str, Any]:
-    """What speaks for and against the log, as report.json and compare.json have it."""
+    """The verdict on the log and its reasons, for ``report.json`` and ``compare.json``."""
     return {
         "verdict": log.verdict,
         "self_check": log.end.self_check if log.end is not None else "absent",
@@ -186,12 +186,12 @@ def hot_experts(found: TokenCounts, n: int = 20) -> list[dict[str, Any]]:
     return hot
 
 
-def dead_experts(found: TokenCounts) -> dict[int, list[int]]:
+def never_used_experts(found: TokenCounts) -> dict[int, list[int]]:
     """The experts without a choice, by layer; layers that use all are left out."""
     return {
-        layer: dead
+        layer: ids
         for layer, counts in zip(found.layers, found.per_layer, strict=True)
-        if (dead := usage.never_used(counts))
+        if (ids := usage.never_used(counts))
     }
 
 

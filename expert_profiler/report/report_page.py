@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log as a page that people decide with: ``report.html``."""
+"""Render a log's report: ``report.html``."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def report_of(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; the test of the whole page draws."""
     monkeypatch.setattr(report_page.charts, "png", lambda figure: b"")
 
@@ -104,7 +104,7 @@ def test_one_command_makes_plot_page_and_json(
         assert title in found.text
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_a_log_that_lost_rows_says_so_on_the_page_and_in_the_exit_code(folder: Path) -> None:
     write_log(folder / "moe_routes.jsonl", run_rows(), end={"drops": {"queue_full": 3}})
     assert run("--report", "r") == 1
@@ -251,7 +251,7 @@ def contaminated(folder: Path) -> Path:
     return write_log(folder / "moe_routes.jsonl", rows, header, finished=False)
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_warm_up_rows_are_said_and_figures_shown_with_and_without(folder: Path) -> None:
     contaminated(folder)
     assert run("--report", "r") == 0
