@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from expert_profiler import files  # noqa: E402
 from expert_profiler.errors import UserError, run  # noqa: E402
 from tools import make_synthetic_log  # noqa: E402
 
@@ -146,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not args.dir.is_dir():
         raise UserError(f"no directory {args.dir}; make it: mkdir -p {args.dir}")
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists; replace it with --force, or choose another --out")
+    files.check_free(args.out, args.force, "--out")
     spec = make_synthetic_log.Spec(rows=args.rows)
     logs = [args.dir / f"synthetic-{args.rows}.{kind}" for kind in ("jsonl", "parquet")]
     for log in logs:
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in versions},
     }
-    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    files.write(args.out, json.dumps(record, indent=2) + "\n")
     print(f"written  {args.out}")
     return 0 if good else 1
 
