@@ -17,7 +17,7 @@ from pathlib import Path
 
 from expert_profiler.errors import UserError
 from expert_profiler.patch.file_changes import Change, commit, sweep
-from expert_profiler.patch.patch_file import DAMAGED, FileChange, blob_id, transformed
+from expert_profiler.patch.patch_file import MENDED_BY, FileChange, blob_id, transformed
 from expert_profiler.patch.patch_state import FileState, Report, State, inspect, read, state_of
 from expert_profiler.patch.targets import target_at
 
@@ -92,7 +92,7 @@ def _changes(root: Path, todo: Sequence[FileChange], *, reverse: bool) -> dict[P
             None if expected is None else transformed(read(path) or b"", file, reverse=reverse)
         )
         if content is not None and blob_id(content) != expected:
-            raise UserError(f"the hunks for {file.path} do not give blob {expected}; {DAMAGED}")
+            raise UserError(f"the hunks for {file.path} do not give blob {expected}; {MENDED_BY}")
         changes[path] = Change(content, file.executable)
     return changes
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from benchmarks.client import pristine_vllm
+from expert_profiler.bench.engine_process import pristine_vllm
 from expert_profiler.log import conversion, records, run_files
 from tests.support import harness
 

@@ -1,30 +1,24 @@
-#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Build a small Qwen2-MoE checkpoint with the routing shape of Qwen1.5-MoE-A2.7B.
 
 24 layers, 60 experts, top-4 and a shared expert, as in the real model; hidden size 128 and a
 byte-level tokenizer instead of the real ones, so that it runs anywhere. The weights are
 random: routing is exercised for real, the text means nothing. The same spec gives the same
 bytes, on every run and machine with the same numpy.
-
-    python tools/make_tiny_moe.py .cache/tiny-moe
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from expert_profiler.errors import UserError, parsed, run
+from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +27,7 @@ if TYPE_CHECKING:
     Array: TypeAlias = npt.NDArray[np.float32]
 
 # Raise it when the same spec would give other bytes than before: older checkpoints are rebuilt.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 SPEC_FILE = "tiny_moe_spec.json"
 FILES = (
     "README.md",
@@ -74,20 +68,6 @@ class TinyMoeSpec:
     shared_intermediate: int = 128
     max_positions: int = 2048
     seed: int = 0
-
-    def check(self) -> None:
-        """Raise a :class:`UserError` for sizes that no engine can load."""
-        for name, value in asdict(self).items():
-            if value < (0 if name == "seed" else 1):
-                raise UserError(f"--{name.replace('_', '-')} {value} is too small")
-        if self.top_k > self.experts:
-            raise UserError(f"--top-k {self.top_k} is more than --experts {self.experts}")
-        if self.hidden % self.heads or (self.hidden // self.heads) % 32:
-            # vLLM's CPU attention takes head sizes that are multiples of 32.
-            raise UserError(
-                f"--hidden {self.hidden} must be {self.heads} heads of a multiple of 32 each; "
-                f"take {self.heads * 32} or a multiple"
-            )
 
 
 # ---- weights ----------------------------------------------------------------
@@ -244,7 +224,7 @@ def model_card(spec: TinyMoeSpec) -> str:
         "The weights are random: nothing was trained, and the text it writes means nothing.\n"
         f"Shape: {spec.layers} layers, {spec.experts} experts, top-{spec.top_k}, a shared expert, "
         f"hidden size {spec.hidden}, byte-level tokenizer, seed {spec.seed}.\n"
-        "Built by tools/make_tiny_moe.py of vllm-moe-route-profiler to exercise expert routing.\n"
+        "Built by vllm-expert-profiler to exercise expert routing.\n"
     )
 
 
@@ -266,15 +246,9 @@ def build(out: Path, spec: TinyMoeSpec, *, force: bool = False) -> None:
     A folder that is not empty is left alone without ``force``, and with ``force`` unless
     everything in it is a file this tool writes.
     """
-    spec.check()
     check_replaceable(out, force=force)
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed in {sys.prefix}; run: ./test.sh, "
-            f"then .venv/bin/python tools/make_tiny_moe.py {out}"
-        ) from None
+    from safetensors.numpy import save_file
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -313,7 +287,7 @@ def check_replaceable(out: Path, *, force: bool) -> None:
             "name another folder"
         )
     if present and not force:
-        raise UserError(f"{out} exists; add --force to replace it, or --reuse to keep it")
+        raise UserError(f"{out} exists; remove it first, or name another folder")
 
 
 def holds(out: Path, spec: TinyMoeSpec) -> bool:
@@ -325,35 +299,8 @@ def holds(out: Path, spec: TinyMoeSpec) -> bool:
     return bool(recorded == identity(spec)) and all((out / name).is_file() for name in FILES)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    default = TinyMoeSpec()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("out", type=Path, metavar="OUT_DIR")
-    for name, text in (
-        ("layers", "decoder layers, each with experts"),
-        ("experts", "experts a layer"),
-        ("top-k", "experts a token"),
-        ("hidden", "hidden size"),
-        ("seed", "seed of the weights"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} ({value})")
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint in OUT_DIR")
-    parser.add_argument("--reuse", action="store_true", help="keep it if it has these very options")
-    args = parsed(parser, argv)
-    spec = TinyMoeSpec(args.layers, args.experts, args.top_k, args.hidden, seed=args.seed)
-    spec.check()
-    if args.reuse and holds(args.out, spec):
-        print(f"{args.out}: already built")
-        return 0
-    build(args.out, spec, force=args.force or args.reuse)
-    size = sum(file.stat().st_size for file in args.out.iterdir()) / 1e6
-    print(
-        f"{args.out}: {spec.layers} layers, {spec.experts} experts, top-{spec.top_k}, "
-        f"{size:.0f} MB, weights are random"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+def ensure(out: Path) -> None:
+    """Have the default checkpoint in ``out``: built, or rebuilt where it is another one."""
+    if not holds(out, TinyMoeSpec()):
+        print(f"building {out}: a small checkpoint with random weights", flush=True)
+        build(out, TinyMoeSpec(), force=True)

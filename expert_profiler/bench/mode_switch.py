@@ -1,14 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
 """Switch an engine of this process from one mode to another. Runs in the engine's process."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import YARDSTICK, Mode
-from benchmarks.yardstick import Yardstick
+from expert_profiler.bench.cases import YARDSTICK, Mode
+from expert_profiler.bench.writer_alone import remove, size_of
+from expert_profiler.bench.yardstick import Yardstick
+from expert_profiler.run import engine
 
 #: Where vLLM's patched modules hold the hook.
 _HOOKED = (
@@ -89,12 +91,8 @@ class Switch:
     def clean(self, mode: Mode) -> int:
         """Delete what the mode wrote; its size in bytes."""
         path = self._file(mode)
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-        size = sum(file.stat().st_size for file in files)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        size = size_of(path) if path.exists() else 0
+        remove(path)
         return size
 
     def _file(self, mode: Mode) -> Path:
@@ -121,12 +119,7 @@ class Switch:
         return yardstick.rows
 
     def _command(self, name: str, **options: Any) -> dict[str, Any]:
-        reply: dict[str, Any] = self._llm.collective_rpc(
-            "moe_routes", args=(name,), kwargs=options
-        )[0]
-        if not reply["ok"]:
-            raise RuntimeError(f"recorder {name}: {reply['error']}")
-        return reply
+        return engine.command(self._llm, name, **options)[0]
 
 
 def _runner(worker: Any) -> Any:
