@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How sure a figure is: resampling whole requests, because tokens of one text route alike.
 
 ``by_request`` is [requests, ...]: counts of each request (or of each group of requests), which add
@@ -71,8 +72,6 @@ class DivergenceTest:
     mean_observed: float
     mean_null: float
     mean_p_value: float
-    draws: int
-    paired: bool
 
 
 def divergence_test(
@@ -110,6 +109,4 @@ def divergence_test(
         mean_observed=mean,
         mean_null=float(means.mean()),
         mean_p_value=float((1 + (means >= mean - 1e-12).sum()) / (1 + draws)),
-        draws=draws,
-        paired=paired,
     )

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts take which kind of token: classes of token texts, and what they tell of experts.
 
 ``labels`` is [tokens] integers, the class of each token (such as codes into ``CLASSES``);

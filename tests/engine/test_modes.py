@@ -320,7 +320,7 @@ def test_tensor_parallel_ranks_count_once(
 def test_pipeline_stages_write_their_own_layers_and_the_reader_merges_them(
     runs: Runs, whole_prompts: dict[tuple[str, int, int], list[int]]
 ) -> None:
-    from expert_profiler.log.route_log import open_log
+    from expert_profiler.log import open_log
 
     results = runs.run(
         [

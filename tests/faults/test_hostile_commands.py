@@ -15,8 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import make_hist
-from expert_profiler import compare, convert, errors, export, sql, validate
-from expert_profiler.commands import bench, patch, preflight, profile
+from expert_profiler import errors
+from expert_profiler.commands import (
+    bench,
+    compare,
+    convert,
+    export,
+    hist,
+    patch,
+    preflight,
+    profile,
+    report,
+    sql,
+    validate,
+)
 from expert_profiler.commands import models as models_command
 from expert_profiler.patch import patch_state
 from expert_profiler.run import engine, hub, machine, tiny_model
@@ -45,7 +57,7 @@ def _benchmark(words: list[str]) -> int:
 #: Of every command, its entry and options that lead far into it. LOG is a sound log, OUT a folder
 #: that is there, FREE a name that is not.
 COMMANDS: dict[str, tuple[Main, list[str]]] = {
-    "validate": (validate.main, ["--dir", "OUT", "--routes", "LOG", "--prompts", "--timing"]),
+    "validate": (validate.main, ["OUT", "--dir", "--routes", "LOG", "--prompts", "--timing"]),
     "sql": (sql.main, ["LOG", "SELECT 1", "SELECT * FROM routes"]),
     "convert": (convert.main, ["LOG", "FREE.parquet", "FREE.jsonl", "--force"]),
     "make_hist": (
@@ -53,6 +65,8 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
         ["LOG", "--out", "FREE.png", "--layer", "0", "--report", "FREE", "--outputs",
          "--tokenizer", "OUT", "--include-flagged"],
     ),
+    "hist": (hist.main, ["LOG", "--out", "FREE.png", "--layer", "0", "--include-flagged"]),
+    "report": (report.main, ["LOG", "--out", "FREE", "--outputs", "LOG", "--tokenizer", "OUT"]),
     "compare": (
         compare.main,
         ["LOG", "LOG", "--out", "FREE", "--names", "a,b", "--phase", "all", "prefill", "gptq"],
@@ -213,6 +227,8 @@ def _well_meant(command: str) -> list[str]:
     """What the command needs to get past its parser."""
     return {
         "make_hist": ["LOG", "--out", "FREE.png"],
+        "hist": ["LOG", "--out", "FREE.png"],
+        "report": ["LOG", "--out", "FREE"],
         "compare": ["LOG", "LOG", "--out", "FREE"],
         "export": ["LOG", "--format", "hot", "--out", "FREE.json"],
         "convert": ["LOG", "FREE.parquet"],

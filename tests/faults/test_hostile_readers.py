@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import convert, export, validate
-from expert_profiler.log.outputs import read_outputs
-from expert_profiler.log.route_log import open_log
-from expert_profiler.log.vocabulary import read_tokens
+from expert_profiler.artifacts import NAMES
+from expert_profiler.commands import export
+from expert_profiler.log import conversion, open_log, validation
+from expert_profiler.log.outputs import read_positions, read_tokens
 from expert_profiler.report import comparison
 from expert_profiler.report.report_data import collect
 from expert_profiler.resources import DEMO_MODEL
@@ -74,7 +74,7 @@ def test_a_wrong_value_in_timing_json_is_a_failed_check(
 ) -> None:
     path = tmp_path / "timing.json"
     path.write_text(json.dumps(replaced(logs.timing(), where, value)))
-    [*_, check, _] = validate.validate({"timing": path})
+    [*_, check, _] = validation.validate({"timing": path})
     assert check.name == "timing" and "\n" not in check.detail and len(check.detail) < 1000
 
 
@@ -87,11 +87,11 @@ def test_any_bytes_beside_a_log_are_looked_at(tmp_path: Path, data: bytes) -> No
     for name in ("timing.json", "prompts.txt", "expert_hist.png", "outputs.jsonl"):
         sound = (folder / name).read_bytes()
         (folder / name).write_bytes(data)
-        keys = {value: key for key, value in validate.NAMES.items()}
-        answers(lambda key=keys[name], path=folder / name: validate.validate({key: path}), folder)
+        keys = {value: key for key, value in NAMES.items()}
+        answers(lambda key=keys[name], path=folder / name: validation.validate({key: path}), folder)
         if name == "outputs.jsonl":
             both = {"routes": folder / "moe_routes.jsonl", "outputs": folder / name}
-            answers(lambda both=both: validate.validate(both), folder / name)
+            answers(lambda both=both: validation.validate(both), folder / name)
         (folder / name).write_bytes(sound)
 
 
@@ -115,7 +115,7 @@ def test_a_wrong_value_in_outputs_is_read_or_refused_in_one_line(
     lines = [json.loads(line) for line in logs.write_outputs(path).read_bytes().splitlines()]
     lines[0][key] = value
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    answers(lambda: read_outputs(path), path)
+    answers(lambda: read_positions(path), path)
     answers(lambda: read_tokens(path), path)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_tokenizer_or_outputs_is_told_in_one_line(tmp_path: Path, seed
     broken.write_bytes(damaged(data, rng) if rng.random() < 0.7 else rng.randbytes(50))
 
     def report() -> None:
-        with open_log(log, weights=True) as found:
+        with open_log(log) as found:
             collect(found, outputs=outputs, tokenizer=folder)
 
     answers(report, broken)
@@ -233,7 +233,7 @@ def test_a_wrong_footer_of_a_part_is_read_or_refused_in_one_line(
     source, log = tmp_path / "x.jsonl", tmp_path / "x.parquet"
     if not source.exists():
         sound_log(source)
-    convert.convert(source, log, force=True)
+    conversion.convert(source, log, force=True)
     part = sorted(log.glob("*.parquet"))[-1]
     table = pq.read_table(part)
     footer = dict(table.schema.metadata or {})
@@ -262,7 +262,7 @@ def use_everything(log: Path, out: Path) -> list[Callable[[], object]]:
     """compare, export, convert and the report, without the drawing."""
 
     def report() -> None:
-        with open_log(log, weights=True) as found:
+        with open_log(log) as found:
             collect(found)
 
     def exported(format_: str) -> Callable[[], object]:
@@ -272,7 +272,7 @@ def use_everything(log: Path, out: Path) -> list[Callable[[], object]]:
     return [
         report,
         lambda: comparison.compared([comparison.read_run(log, name) for name in "ab"]),
-        lambda: convert.convert(log, out / "x.parquet", force=True),
+        lambda: conversion.convert(log, out / "x.parquet", force=True),
         *(exported(format_) for format_ in export.SUFFIXES),
     ]
 

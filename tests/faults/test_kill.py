@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from vllm.moe_routes.errors import RouteLogError
 
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import open_log
 from tests.faults.table import FULL, Row, end_of, lost, note, routes_in
 from tests.faults.victim import arm
 from tests.support.paths import REPO

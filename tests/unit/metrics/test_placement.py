@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert parallel placement: by hand, closed forms, and against vLLM's own balancer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each check of the validator passes on a sound run and fails on the fault it is there for."""
 
 from __future__ import annotations
@@ -8,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from expert_profiler import errors, validate
+from expert_profiler import errors
+from expert_profiler.artifacts import NAMES
+from expert_profiler.commands import validate
+from expert_profiler.log import validation
+from expert_profiler.log.findings import Check
 from tests.support.logs import (
     Record,
     meta,
@@ -26,9 +31,9 @@ def verdicts(folder: Path) -> dict[str, str]:
     return {check.name: check.verdict for check in checks_of(folder)}
 
 
-def checks_of(folder: Path) -> list[validate.Check]:
-    return validate.validate(
-        {key: folder / name for key, name in validate.NAMES.items() if (folder / name).exists()}
+def checks_of(folder: Path) -> list[Check]:
+    return validation.validate(
+        {key: folder / name for key, name in NAMES.items() if (folder / name).exists()}
     )
 
 
@@ -38,7 +43,7 @@ def run(*args: str) -> int:
 
 def test_a_sound_run_passes_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(verdicts(write_run(tmp_path)).values()) == {"pass"}
-    assert run("--dir", str(tmp_path)) == 0
+    assert run("--dir", str(tmp_path)) == run(str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "12 = sum(prompt + generated - 1) of 2 requests, in each of 2 layers" in out
     assert out.endswith("16 pass\n")
@@ -88,7 +93,7 @@ FAILED = {"verdict": "fail", "checks": []}
 MUTATIONS: list[tuple[str, str, Callable[[Path], object]]] = [
     *(
         ("header", f"no {key}", log(header=without(key, meta())))
-        for key in validate.META_KEYS
+        for key in validation.META_KEYS
     ),
     ("header", "seed is text", log(header=meta(seed="1234"))),
     ("header", "no layers", log(header=meta(layers_logged=[]))),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JSONL and Parquet hold the same log: converting loses nothing, and every reader agrees."""
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler import convert, validate
+from expert_profiler.commands import convert, validate
 from expert_profiler.errors import UserError
-from expert_profiler.log import part_files
-from expert_profiler.log import records as recordio
-from expert_profiler.log.log_file import open_file
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import conversion, open_log, part_files, row_identity, validation
+from expert_profiler.log import records as log_records
+from expert_profiler.log.run_files import open_file
 from tests.support.logs import (
     Record,
     meta,
@@ -38,14 +38,14 @@ def path(tmp_path: Path) -> Path:
 
 def parquet_of(path: Path) -> Path:
     target = path.with_suffix(".parquet")
-    convert.convert(path, target, force=True)
+    conversion.convert(path, target, force=True)
     return target
 
 
 def there_and_back(path: Path) -> list[Record]:
     back = path.parent / "back" / path.name
     back.parent.mkdir(exist_ok=True)
-    convert.convert(parquet_of(path), back, force=True)
+    conversion.convert(parquet_of(path), back, force=True)
     return lines_of(back)
 
 
@@ -151,7 +151,7 @@ def test_all_ranks_are_converted_and_named_in_the_header(tmp_path: Path) -> None
     for layer, name in enumerate(names):
         header = meta(layers=(layer,), files=names)
         write_log(tmp_path / name, run_rows(layers=(layer,)), header)
-    written = convert.convert(tmp_path / "x.jsonl", tmp_path / "y.parquet")
+    written = conversion.convert(tmp_path / "x.jsonl", tmp_path / "y.parquet")
     assert [log.name for log in written] == ["y.parquet", "y.pp1.parquet"]
     with open_log(written[0]) as log:
         assert log.meta.files == ("y.parquet", "y.pp1.parquet")
@@ -162,14 +162,14 @@ def test_small_parts_are_merged(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_log(path, run_rows())
-    monkeypatch.setattr(recordio, "_CHUNK_BYTES", 400)
-    monkeypatch.setattr(recordio, "PART_ROWS", 4)
+    monkeypatch.setattr(log_records, "_CHUNK_BYTES", 400)
+    monkeypatch.setattr(log_records, "PART_ROWS", 4)
     many = parquet_of(path)
     assert len(list(many.iterdir())) > 5
     monkeypatch.undo()
-    convert.convert(many, tmp_path / "merged.parquet")
+    conversion.convert(many, tmp_path / "merged.parquet")
     assert len(list((tmp_path / "merged.parquet").iterdir())) == 3
-    convert.convert(tmp_path / "merged.parquet", tmp_path / "back.jsonl")
+    conversion.convert(tmp_path / "merged.parquet", tmp_path / "back.jsonl")
     strip = [
         {k: v for k, v in line.items() if k not in ("bytes", "files")} for line in lines_of(path)
     ]
@@ -183,17 +183,17 @@ def test_small_parts_are_merged(
 
 
 def facts(path: Path) -> dict[str, Any]:
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         counts = log.counts(include_flagged=True)
         return {
             "values": counts.values.tolist(),
             "rows": counts.phase_rows(),
             "requests": log.requests,
-            "duplicates": log.duplicates(),
-            "contamination": log.contamination,
+            "duplicates": log.duplicates,
+            "contamination": log.identical_runs,
             "notes": [note.replace(path.suffix, "") for note in log.notes],
-            "cached": log.cached_tokens(),
-            "faults": log.weight_faults(),
+            "cached": row_identity.cached_tokens(log),
+            "faults": validation.weight_faults(log),
             "routes": log.query(
                 "SELECT req_id, token_idx, layer, phase, flagged, topk_ids, topk_weights, "
                 "forward_pass_id FROM routes ORDER BY rowid"
@@ -244,7 +244,7 @@ def test_a_run_with_a_parquet_log_is_valid(
 def test_the_row_identity_holds_for_parquet(path: Path, tmp_path: Path) -> None:
     outputs = write_outputs(tmp_path / "outputs.jsonl")
     with open_log(parquet_of(write_log(path, run_rows()))) as log:
-        assert log.identity(outputs).holds
+        assert row_identity.identity_of(log, outputs).holds
 
 
 # ---- broken datasets -----------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_damage_inside_a_part_is_named(broken: Path) -> None:
 
 def test_a_part_of_another_recording_is_named(broken: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
-    convert.convert(write_log(other, run_rows(), meta(seed=7)), tmp_path / "other.parquet")
+    conversion.convert(write_log(other, run_rows(), meta(seed=7)), tmp_path / "other.parquet")
     (tmp_path / "other.parquet" / "part-000002.parquet").replace(broken / "part-000002.parquet")
     assert "belongs to another recording" in error_of(broken)
 
@@ -325,7 +325,7 @@ def test_the_command_converts_and_names_the_next(
     write_log(path, run_rows())
     target = tmp_path / "x.parquet"
     assert convert.main([str(path), str(target)]) == 0
-    assert f"next: python make_hist.py {target}" in capsys.readouterr().out
+    assert f"-m expert_profiler hist {target}" in capsys.readouterr().out
     assert list(tmp_path.glob(".*")) == []
     with pytest.raises(UserError, match="--force"):
         convert.main([str(path), str(target)])
@@ -353,7 +353,7 @@ def test_what_cannot_be_kept_is_refused(path: Path, line: bytes, fact: str) -> N
 def test_a_target_that_makes_no_sense_is_refused(path: Path, target: str) -> None:
     before = write_log(path, run_rows()).read_bytes()
     with pytest.raises(UserError):
-        convert.convert(path, path.parent / target, force=True)
+        conversion.convert(path, path.parent / target, force=True)
     assert path.read_bytes() == before
 
 
@@ -363,7 +363,7 @@ def test_a_folder_of_other_things_is_never_replaced(path: Path) -> None:
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="no route log"):
-        convert.convert(path, folder, force=True)
+        conversion.convert(path, folder, force=True)
     assert (folder / "notes.txt").exists()
 
 

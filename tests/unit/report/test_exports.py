@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports, read back the way their consumers read them."""
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expert_profiler import errors, export
-from expert_profiler.log.route_log import open_log
+from expert_profiler import errors
+from expert_profiler.commands import export
+from expert_profiler.log import open_log
 from expert_profiler.metrics import placement
+from expert_profiler.report import exports
 from tests.support.logs import meta, public_meta, route, run_rows, write_log
 from tests.unit.metrics.test_placement import vllm_policy
 
@@ -68,8 +71,8 @@ def test_a_log_without_passes_is_one_step(tmp_path: Path) -> None:
         for row in run_rows()
     ]
     path = write_log(tmp_path / "log.jsonl", rows, public_meta(), finished=False)
-    with open_log(path, weights=True) as log:
-        found = export.logical_count(log, "NOT flagged", 1000)
+    with open_log(path) as log:
+        found = exports.logical_count(log, 1000)
         assert found.shape == (1, 2, 8)
         assert (found[0] == log.counts().values.sum(axis=1)).all()
 

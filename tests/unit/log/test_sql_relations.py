@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A log answers SELECTs over documented relations, reads nothing else and writes nothing."""
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from expert_profiler import convert, sql
+from expert_profiler.commands import sql
 from expert_profiler.errors import UserError
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import conversion, open_log
+from expert_profiler.log.sql_relations import make_relations
 from tests.support.logs import meta, route, run_rows, write_log, write_outputs
 
 
@@ -21,7 +23,7 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = write_log(tmp_path / "moe_routes.jsonl", rows)
     if request.param == "jsonl":
         return path
-    [written] = convert.convert(path, path.with_suffix(".parquet"))
+    [written] = conversion.convert(path, path.with_suffix(".parquet"))
     return written
 
 
@@ -79,6 +81,16 @@ def test_the_answer_is_a_table_and_findings_go_to_stderr(
     assert "note: x.jsonl has no end record" in printed.err
 
 
+def test_a_log_that_findings_were_looked_for_in_is_asked_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run_rows()
+    log = write_log(tmp_path / "moe_routes.jsonl", [*rows, rows[0]])
+    assert ask(log, "SELECT count(*) AS n FROM routes", capsys) == [{"n": "25"}]
+    [written] = conversion.convert(log, log.with_suffix(".parquet"))
+    assert ask(written, "SELECT count(*) AS n FROM experts", capsys) == [{"n": "50"}]
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -115,7 +127,8 @@ def test_even_without_the_look_at_the_statement_nothing_is_written(
 ) -> None:
     import duckdb
 
-    with open_log(log) as opened, sql.database(opened, None) as db:
+    with open_log(log) as opened:
+        db = make_relations(opened, None)
         for statement in (f"COPY (SELECT 1) TO '{tmp_path}/out.csv'", "SET threads = 1"):
             with pytest.raises(duckdb.Error):
                 db.execute(statement)
