@@ -4,7 +4,7 @@
     expert-profiler compare A.jsonl B.jsonl [C.jsonl …] --out DIR
     expert-profiler compare gptq full --out DIR
 
-A preset of run_profile.py in place of a log is profiled first, into DIR/PRESET, once.
+A preset of ``profile`` in place of a log is profiled first, into DIR/PRESET, once.
 
 Every log is compared with the first. Where layers and experts are the same, expert by expert:
 Jensen-Shannon divergence with a permutation test over requests, rank correlation, overlap of the
