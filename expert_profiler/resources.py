@@ -58,13 +58,17 @@ def recorder_module(name: str) -> ModuleType:
 def program() -> str:
     """What to type in front of a command's name so that the line works as it is printed.
 
-    ``expert-profiler`` where the shell finds this environment's, else its path, else this Python.
+    The path of this environment's ``expert-profiler`` where it lies below the current folder, as
+    ./test.sh puts an environment on PATH that its caller's shell does not know; else its name
+    where it is on PATH; else its path, or this Python.
     """
     python, here = Path(sys.executable), Path.cwd()
     script = python.with_name("expert-profiler")
+    if script.is_file() and script.is_relative_to(here):
+        return shlex.quote(str(script.relative_to(here)))
     if shutil.which(script.name) == str(script):
         return script.name
     if script.is_file():
-        return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
+        return shlex.quote(str(script))
     where = "" if not IN_CHECKOUT or here == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} "
     return f"{where}{shlex.quote(str(python))} -m expert_profiler"
