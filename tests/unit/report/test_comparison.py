@@ -171,10 +171,7 @@ def test_presets_are_profiled_once_and_compared(
 
     monkeypatch.setattr(subprocess, "run", profile)
     assert run("gptq", "full", "--out", "out") == 0
-    assert [command[3:6] for command in calls] == [
-        ["profile", "--model", "gptq"],
-        ["profile", "--model", "full"],
-    ]
+    assert [command[4:6] for command in calls] == [["--model", "gptq"], ["--model", "full"]]
     assert [r["name"] for r in compared(folder)["runs"]] == ["gptq", "full"]
     assert run("gptq", "granite-3b", "--out", "out", "--force") == 0
     assert len(calls) == 3  # gptq's log was there
