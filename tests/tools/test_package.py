@@ -138,13 +138,12 @@ def test_a_log_is_queried_converted_exported_and_validated(installed: Installed,
 
 
 def test_vllm_is_patched_without_a_checkout(installed: Installed, tmp_path: Path) -> None:
-    """The bundled patch, on what it touches of the vLLM that is installed here."""
-    source = targets.find_target()
-    root = tmp_path / "unpacked"
-    for path in [*(file.path for file in load_patch().files), "vllm/__init__.py"]:
-        if (source.root / path).is_file():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source.root / path, root / path)
+    """The bundled patch, on the files that it hooks of the vLLM that is installed here."""
+    source, root = targets.find_target().root, tmp_path / "unpacked"
+    hooked = [file.path for file in load_patch().files if file.before is not None]
+    for path in [*hooked, "vllm/__init__.py"]:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / path, root / path)
     actions.revert(root)
     told = installed.run("patch", "check", "--root", root, code=1)
     assert "state:    pristine" in told
