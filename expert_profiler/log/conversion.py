@@ -47,18 +47,17 @@ def convert(
             raw = {key: value for key, value in log.end.raw.items() if key != "next"}
             log = replace(log, end=replace(log.end, raw=raw))
         with files.replacing(place) as scratch:
-            write = _write_parquet if place.suffix == ".parquet" else _write_jsonl
-            write(log, header, scratch, on_rows or (lambda _: None))
+            told = on_rows or (lambda _: None)
+            if place.suffix == ".parquet":
+                _write_parquet(log, header, scratch, told)
+            else:
+                records.write_jsonl(scratch, header, _read(log, told), log.end)
     return places
 
 
 def size(log: Path) -> int:
     """Bytes of all files of the log's run."""
     return sum(file.size for file in run_files.open_run(log))
-
-
-def _write_jsonl(log: LogFile, header: dict[str, Any], target: Path, on_rows: OnRows) -> None:
-    records.write_jsonl(target, header, _read(log, on_rows), log.end)
 
 
 def _write_parquet(log: LogFile, header: dict[str, Any], target: Path, on_rows: OnRows) -> None:

@@ -43,13 +43,13 @@ def validate(paths: dict[str, Path]) -> list[Check]:
             )
     else:
         checks.append(Check("route log", "skip", f"no {NAMES['routes']}"))
-    for name, key in (("prompts", "prompts"), ("timing", "timing"), ("plot", "hist")):
-        if key not in paths:
-            checks.append(Check(name, "skip", f"no {NAMES[key]}"))
-        elif key == "prompts":
-            checks.append(_prompts(paths[key], outputs_path))
-        else:
-            checks.append((_timing if key == "timing" else _plot)(paths[key]))
+    for name, key, look in (
+        ("prompts", "prompts", lambda path: _prompts(path, outputs_path)),
+        ("timing", "timing", _timing),
+        ("plot", "hist", _plot),
+    ):
+        found = look(paths[key]) if key in paths else Check(name, "skip", f"no {NAMES[key]}")
+        checks.append(found)
     return checks
 
 

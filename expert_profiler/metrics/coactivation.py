@@ -68,7 +68,7 @@ def pair_information_bits(pairs: Ints) -> float:
 def pair_chance_bits(pairs: Ints) -> float:
     """What ``pair_information_bits`` has by sampling alone, about: cells / (2 * ln 2 * pairs).
 
-    cells = E * (E - 1) / 2 - E, with E the experts that occur, is the number of figures that pairs
+    cells = E * (E - 1) / 2 - E, with E the experts that occur, is the number of values that pairs
     have beyond popularity. Bits; NaN without a pair. Of four experts and 100 pairs:
     2 / (2 * 0.6931 * 100) = 0.0144.
     """

@@ -124,7 +124,7 @@ def class_lift(joint: Ids) -> Floats:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """An observed figure beside its distribution when labels and experts are unrelated.
+    """An observed value beside its distribution when labels and experts are unrelated.
 
     p_value = (1 + draws at least as large as observed) / (1 + draws), 1 / (1 + draws) to 1.
     """

@@ -2,12 +2,12 @@
 """Unevenness that compares between models of different top_k and expert counts.
 
 A token chooses K *different* experts of E, so no expert can hold more than 1/K of the choices:
-the worst that a router can do is K experts for every token, the best is even use. Each figure here
+the worst that a router can do is K experts for every token, the best is even use. Each metric here
 is (plain - best) / (worst - best): 0 for even use, 1 for the worst at this K and E. All four plain
-figures are monotone in how concentrated the counts are, so nothing lies outside these two ends.
+metrics are monotone in how concentrated the counts are, so nothing lies outside these two ends.
 
 ``counts`` is [experts], of one layer or summed over layers with the same K. Where K = E there is
-one possible routing, even use, and the figures are 0.
+one possible routing, even use, and the metrics are 0.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """How unevenly a router uses its experts: pure functions of counts.
 
 ``counts`` is always [experts], non-negative, one entry an expert *including* the experts that
-were never chosen; any numeric dtype. A layer without choices has no distribution, so the figures
+were never chosen; any numeric dtype. A layer without choices has no distribution, so the metrics
 that need one are NaN then.
 """
 

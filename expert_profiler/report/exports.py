@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.log.expert_counts import Counts
 from expert_profiler.log.route_log import RouteLog
 from expert_profiler.log.schema import PHASES
 
@@ -35,11 +34,6 @@ class Options(NamedTuple):
     steps: int
     num_layers: int | None = None
     top: int | None = None
-
-
-def counts_of(log: RouteLog) -> Counts:
-    """The counts of the rows that are exported."""
-    return log.counts(include_identical=False)
 
 
 def weight_mass(log: RouteLog) -> npt.NDArray[np.float64]:
@@ -91,7 +85,7 @@ def _sglang(log: RouteLog, options: Options) -> tuple[bytes, str]:
 
 
 def _eplb(log: RouteLog, options: Options) -> tuple[bytes, str]:
-    weight = counts_of(log).values.sum(axis=1).astype(np.float32)
+    weight = log.counts(include_identical=False).values.sum(axis=1).astype(np.float32)
     layers = log.layers
     told = ", ".join(map(str, layers))
     if len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1)):
@@ -106,7 +100,9 @@ def _eplb(log: RouteLog, options: Options) -> tuple[bytes, str]:
 
 def _hot(log: RouteLog, options: Options) -> tuple[bytes, str]:
     records = []
-    for layer, row in zip(log.layers, counts_of(log).values.sum(axis=1), strict=True):
+    for layer, row in zip(
+        log.layers, log.counts(include_identical=False).values.sum(axis=1), strict=True
+    ):
         total = max(1, int(row.sum()))
         for expert in np.argsort(-row, kind="stable")[: options.top].tolist():
             count = int(row[expert])
@@ -130,7 +126,7 @@ def _hot(log: RouteLog, options: Options) -> tuple[bytes, str]:
 
 
 def _npz(log: RouteLog, _: Options) -> tuple[bytes, str]:
-    counts = counts_of(log)
+    counts = log.counts(include_identical=False)
     arrays = {
         "counts": counts.values,
         "weight_mass": weight_mass(log),

@@ -17,6 +17,11 @@ from expert_profiler.report.report_data import ReportData
 
 _LISTED_LAYERS = 24  # with never-used experts
 _LISTED_EXPERTS = 12
+#: Columns of the table of hot experts, and what turns their values into those shown.
+_HOT = {
+    "layer": 1, "expert": 1, "choices": 1, "share": 100, "times_even": 1, "share_of_weight": 100,
+    "mean_weight": 1,
+}  # fmt: skip
 
 
 def html(report: ReportData, histogram_png: bytes) -> str:
@@ -38,18 +43,7 @@ def html(report: ReportData, histogram_png: bytes) -> str:
             for name, n in zip(types.get("classes", ()), types.get("choices", ()), strict=True)
             if n
         ],
-        hot=[
-            (
-                hot["layer"],
-                hot["expert"],
-                hot["choices"],
-                100 * hot["share"],
-                hot["times_even"],
-                100 * hot["share_of_weight"],
-                hot["mean_weight"],
-            )
-            for hot in data["hot_experts"]
-        ],
+        hot=[[scale * hot[key] for key, scale in _HOT.items()] for hot in data["hot_experts"]],
         never_used=_never_used(data, counts),
         classes=token_types.CLASSES,
         shortest_run=SHORTEST_RUN,
