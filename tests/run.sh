@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Every check of the project, from a bare machine: environment, patch, linters, tests.
-# Usage: tests/run.sh [options of pytest, such as -k NAME or -m 'not engine']
+# Usage: tests/run.sh [options of pytest, such as -k NAME]
+# The two-minute loop, on two quiet cores: tests/run.sh -m 'not engine and not slow'
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=tools/setup_env.sh

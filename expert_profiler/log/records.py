@@ -280,7 +280,8 @@ def _fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _fitted_lists(array: Any, kind: Any) -> Any:
     flat, lengths = _flat(array)
-    target = kind.value_type.to_pandas_dtype()
+    # The type has no method that says so without pandas.
+    target = pa.array([], kind.value_type).to_numpy(zero_copy_only=False).dtype
     fitted = flat.astype(target)
     same = fitted.astype(flat.dtype) == flat
     if flat.dtype.kind == "f":

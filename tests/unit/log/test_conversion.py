@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_profiler import resources
 from expert_profiler.commands import convert, validate
 from expert_profiler.errors import UserError
 from expert_profiler.log import conversion, open_log, part_files, row_identity, validation
@@ -325,7 +326,7 @@ def test_the_command_converts_and_names_the_next(
     write_log(path, run_rows())
     target = tmp_path / "x.parquet"
     assert convert.main([str(path), str(target)]) == 0
-    assert f"-m expert_profiler hist {target}" in capsys.readouterr().out
+    assert f"next: {resources.program()} hist {target}" in capsys.readouterr().out
     assert list(tmp_path.glob(".*")) == []
     with pytest.raises(UserError, match="--force"):
         convert.main([str(path), str(target)])
