@@ -198,7 +198,7 @@ def profile_in(engine: Engine, plan: Plan) -> dict[str, Any]:
     engine.run(BASE, case)  # these shapes for the first time
     base_wall = engine.run(BASE, case)["wall"]
     modes = {
-        name: pass_metrics.profile([engine.run(name, case, do="profile")], base_wall)
+        name: pass_metrics.profile(engine.run(name, case, do="profile"), base_wall)
         for name in PROFILED
     }
     return {"case": {"name": case.name, **asdict(case)}, "base_wall": base_wall, "modes": modes}

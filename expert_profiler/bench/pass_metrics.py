@@ -180,36 +180,28 @@ def seconds_of(parts: Mapping[str, Any], name: str) -> float:
     return float(parts[name]["seconds"]) if name in parts else 0.0
 
 
-def profile(passes: Sequence[Pass], base_wall: float) -> dict[str, Any]:
-    """Where the time of a mode's passes goes: of every metric the median over passes.
+def profile(item: Pass, base_wall: float) -> dict[str, Any]:
+    """Where the time of a mode's pass goes.
 
     ``accounted`` is what recording adds to a pass, by its own clocks, as ratios to the wall time
     of a pass without a recorder. ``least``: the engine thread's steps. ``most``: those and all CPU
     time of the writer, as if the engine had waited for every moment of it.
 
     Args:
-        passes: of ``engine_worker.Bench.profile``, all of one mode and case.
-        base_wall: median seconds of that case's baseline passes.
+        item: of ``engine_worker.Bench.profile``.
+        base_wall: seconds of that case's baseline pass.
     """
-    steps = passes[0]["parts"]["end"]["calls"]
-    engine = float(np.median([engine_seconds(item["parts"]) for item in passes]))
-    writer = float(np.median([seconds_of(item["parts"], "writer") for item in passes]))
-    per_step = [parts_per_step(item["parts"], steps) for item in passes]
+    parts, rows = item["parts"], item["rows"]
+    steps = parts["end"]["calls"]
+    engine, writer = engine_seconds(parts), seconds_of(parts, "writer")
     return {
-        "passes": len(passes),
+        "passes": 1,
         "steps": steps,
-        "rows_per_step": passes[0]["rows"] / steps,
-        "engine_us_per_step": {
-            name: float(np.median([item[name] for item in per_step])) for name in per_step[0]
-        },
-        "start_stop_seconds": {
-            name: float(np.median([seconds_of(item["parts"], name) for item in passes]))
-            for name in ("start", "stop")
-        },
+        "rows_per_step": rows / steps,
+        "engine_us_per_step": parts_per_step(parts, steps),
+        "start_stop_seconds": {name: seconds_of(parts, name) for name in ("start", "stop")},
         "writer_seconds": writer,
-        "writer_seconds_per_million_rows": (
-            writer / passes[0]["rows"] * 1e6 if passes[0]["rows"] else 0.0
-        ),
+        "writer_seconds_per_million_rows": writer / rows * 1e6 if rows else 0.0,
         "accounted": {
             "least": 1 + engine / base_wall,
             "most": 1 + (engine + writer) / base_wall,

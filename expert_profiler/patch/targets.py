@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import sys
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +30,11 @@ class Target:
         return None if self.version is None else self.version.partition("+")[0]
 
 
-def find_target(root: Path | None = None, search: Sequence[Path | str] | None = None) -> Target:
-    """Find vLLM in ``root``, or in the site-packages folders of this interpreter.
-
-    ``search`` replaces these folders.
-    """
+def find_target(root: Path | None = None) -> Target:
+    """Find vLLM in ``root``, or in the site-packages folders of this interpreter."""
     if root is not None:
         return target_at(root.resolve(), explicit=True)
-    folders = _site_folders() if search is None else [Path(folder) for folder in search]
-    targets = [target_at(folder) for folder in folders]
+    targets = [target_at(folder) for folder in _site_folders()]
     best = [t for t in targets if t.installed] or [t for t in targets if t.version] or targets
     return best[0] if best else Target(Path(sysconfig.get_path("purelib")), False, None, None)
 

@@ -240,13 +240,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 # ---- building ---------------------------------------------------------------
 
 
-def build(out: Path, spec: TinyMoeSpec, *, force: bool = False) -> None:
+def build(out: Path, spec: TinyMoeSpec) -> None:
     """Write the checkpoint of ``spec`` to the folder ``out``: all of it or, on failure, nothing.
 
-    A folder that is not empty is left alone without ``force``, and with ``force`` unless
-    everything in it is a file this tool writes.
+    A folder is replaced only where everything in it is a file that this writes.
     """
-    check_replaceable(out, force=force)
+    check_replaceable(out)
     from safetensors.numpy import save_file
 
     try:
@@ -275,7 +274,7 @@ def build(out: Path, spec: TinyMoeSpec, *, force: bool = False) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_replaceable(out: Path, *, force: bool) -> None:
+def check_replaceable(out: Path) -> None:
     """Raise a :class:`UserError` if ``out`` holds something that must not be replaced."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is not a folder; name another one")
@@ -286,8 +285,6 @@ def check_replaceable(out: Path, *, force: bool) -> None:
             f"{out} holds files that are not of a tiny checkpoint ({foreign[0]}); "
             "name another folder"
         )
-    if present and not force:
-        raise UserError(f"{out} exists; remove it first, or name another folder")
 
 
 def holds(out: Path, spec: TinyMoeSpec) -> bool:
@@ -303,4 +300,4 @@ def ensure(out: Path) -> None:
     """Have the default checkpoint in ``out``: built, or rebuilt where it is another one."""
     if not holds(out, TinyMoeSpec()):
         print(f"building {out}: a small checkpoint with random weights", flush=True)
-        build(out, TinyMoeSpec(), force=True)
+        build(out, TinyMoeSpec())

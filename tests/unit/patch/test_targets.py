@@ -75,7 +75,10 @@ def test_the_current_folder_is_not_searched(
     assert targets.find_target().root == empty
 
 
-def test_the_first_installation_on_the_path_wins(wheel: Wheel, tmp_path: Path) -> None:
+def test_the_first_installation_on_the_path_wins(
+    wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     empty = tmp_path / "site-packages"
     empty.mkdir()
-    assert targets.find_target(search=[empty, wheel.root]).root == wheel.root
+    monkeypatch.setattr(sys, "path", [str(empty), str(wheel.root)])
+    assert targets.find_target().root == wheel.root

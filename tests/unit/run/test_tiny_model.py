@@ -142,7 +142,7 @@ def test_it_says_that_its_weights_are_random(real: Path) -> None:
     assert models.is_tiny(real)
 
 
-def test_an_existing_checkpoint_is_kept_replaced_or_refused(
+def test_an_existing_checkpoint_is_kept_or_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "moe"
@@ -150,8 +150,6 @@ def test_an_existing_checkpoint_is_kept_replaced_or_refused(
     tiny_model.ensure(out)
     assert "random weights" in capsys.readouterr().out
     before = (out / "config.json").stat().st_ino
-    with pytest.raises(UserError, match="exists; remove it first"):
-        build(out, SMALL)
     tiny_model.ensure(out)
     assert capsys.readouterr().out == ""
     assert (out / "config.json").stat().st_ino == before
@@ -167,10 +165,10 @@ def test_an_existing_checkpoint_is_kept_replaced_or_refused(
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        build(tmp_path, SMALL, force=True)
+        build(tmp_path, SMALL)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(UserError, match="not a folder"):
-        build(tmp_path / "thesis.tex", SMALL, force=True)
+        build(tmp_path / "thesis.tex", SMALL)
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +181,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(tiny_model, "write_tokenizer", full)
     with pytest.raises(OSError, match="No space"):
-        build(out, TinyMoeSpec(2, 6, 2, 64, 2, seed=1), force=True)
+        build(out, TinyMoeSpec(2, 6, 2, 64, 2, seed=1))
     assert hashes(out) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["moe"]
 
