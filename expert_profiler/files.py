@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,21 +36,33 @@ def prepare(folder: Path, names: Sequence[str], force: bool, option: str) -> Non
         )
 
 
-def check_free(path: Path, force: bool, option: str) -> None:
-    """Refuse a target that is no plain file, or that exists and is not to be replaced.
+def check_free(path: Path, force: bool, option: str, log: Path | None = None) -> None:
+    """Refuse, before any work is done, a target that can't be written or is not to be replaced.
+
+    Args:
+        path: the file to write.
+        force: overwrite it.
+        option: how the command line calls it, such as "--out".
+        log: what is read, and so never overwritten.
 
     Raises:
-        UserError: naming ``option``, the command line's name of it.
+        UserError: it has no folder, is the log, no plain file, or exists.
     """
+    if not path.parent.is_dir():
+        raise UserError(f"no directory {path.parent}; make it: mkdir -p {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; name a file as {option}")
+    if log is not None and path.exists() and log.exists() and path.samefile(log):
+        raise UserError(f"{option} {path} is the log itself; choose another {option}")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no plain file; choose another {option}")
+        raise UserError(f"{option} {path} is no plain file; choose another {option}")
     if path.exists() and not force:
         raise UserError(f"{path} exists; replace it with --force, or choose another {option}")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file beside ``path``, which becomes ``path`` at the end.
+    """A scratch name beside ``path`` for a file or a folder, which becomes ``path`` at the end.
 
     After an error ``path`` is as it was and no scratch file is left.
 
@@ -58,12 +71,23 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        _remove(scratch)
         yield scratch
+        if path.is_dir() or scratch.is_dir():
+            _remove(path)
         scratch.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
+        fact = error.strerror or error
+        raise UserError(f"cannot write {path}: {fact}; choose another place") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Every check of the project, from a bare machine: environment, patch, linters, tests.
-# Usage: tests/run.sh [options of pytest, such as -k NAME or -m 'not engine']
+# Usage: tests/run.sh [options of pytest, such as -k NAME]
+# The two-minute loop, on two quiet cores: tests/run.sh -m 'not engine and not slow'
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=tools/setup_env.sh
@@ -31,7 +33,7 @@ find_browser() {
 find_python
 find_browser
 make_env "$(lock_for_machine)"
-install_lock tests/requirements-dev-lock.txt
+install_lock requirements/dev.txt
 scripts=(*.sh tools/*.sh tests/*.sh .ci/run)
 
 stage ./apply_patch.sh

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Measure how fast logs are read, side by side: python tools/bench_reading.py [--rows N]
 
 The yardstick is a line-by-line ``json.loads`` loop with a ``Counter`` by layer and expert. Every
-figure is that of a whole process, from its start to its exit, with the files in the page cache.
+metric is that of a whole process, from its start to its exit, with the files in the page cache.
 Tasks run one after another, round by round; the table shows medians. Writes reading.json.
 """
 
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from expert_profiler import files  # noqa: E402
 from expert_profiler.errors import UserError, run  # noqa: E402
 from tools import make_synthetic_log  # noqa: E402
 
@@ -71,18 +73,16 @@ def tasks(jsonl: Path, parquet: Path, folder: Path) -> list[Task]:
     def plot(log: Path, *more: str) -> list[str]:
         return [python, hist, str(log), "--out", str(folder / "hist.png"), "--force", *more]
 
-    found = [
+    more = ["--report", str(folder / "report")]
+    return [
         Task("json.loads + Counter", [python, __file__, "--yardstick", str(jsonl)], once=True),
         Task("make_hist.py, JSONL", plot(jsonl), share=1 / 15),
         Task("make_hist.py, Parquet", plot(parquet), share=1 / 30),
+        *(
+            Task(f"make_hist.py --report, {name}", plot(log, *more), seconds=180, once=True)
+            for log, name in ((jsonl, "JSONL"), (parquet, "Parquet"))
+        ),
     ]
-    help_text = subprocess.run([python, hist, "--help"], capture_output=True, text=True, check=True)
-    if "--report" in help_text.stdout:
-        more = ["--report", str(folder / "report")]
-        for log, name in ((jsonl, "JSONL"), (parquet, "Parquet")):
-            task = Task(f"make_hist.py --report, {name}", plot(log, *more), seconds=180, once=True)
-            found.append(task)
-    return found
 
 
 def measure(task: Task) -> Sample:
@@ -114,7 +114,7 @@ def bench(todo: Sequence[Task], rounds: int) -> dict[str, list[Sample]]:
 
 
 def table(todo: Sequence[Task], samples: dict[str, list[Sample]]) -> tuple[str, bool]:
-    """The figures as text, and whether every target is met."""
+    """The metrics as text, and whether every target is met."""
     line = "{:<30}{:>8}{:>9}{:>10}{:>10}  {}"
     lines = [line.format("", "wall s", "cpu s", "peak GiB", "of first", "target")]
     base = statistics.median(item.wall_sec for item in samples[todo[0].name])
@@ -147,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not args.dir.is_dir():
         raise UserError(f"no directory {args.dir}; make it: mkdir -p {args.dir}")
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out} exists; replace it with --force, or choose another --out")
+    files.check_free(args.out, args.force, "--out")
     spec = make_synthetic_log.Spec(rows=args.rows)
     logs = [args.dir / f"synthetic-{args.rows}.{kind}" for kind in ("jsonl", "parquet")]
     for log in logs:
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in versions},
     }
-    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    files.write(args.out, json.dumps(record, indent=2) + "\n")
     print(f"written  {args.out}")
     return 0 if good else 1
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Resolves the lock files anew. A lock's header names the command that made it.
 # Usage: tools/lock.sh [options of uv pip compile, such as --upgrade-package NAME]
 set -euo pipefail
@@ -13,7 +14,7 @@ compile() { # LOCK OPTION...
 }
 
 compile requirements-lock.txt pyproject.toml --extra cuda
-compile requirements-cpu-lock.txt pyproject.toml --extra cpu --override tools/cpu-overrides.txt
-compile tests/requirements-dev-lock.txt --group dev \
-  -c requirements-lock.txt -c requirements-cpu-lock.txt
-compile tools/requirements-uv-lock.txt --group bootstrap
+compile requirements/cpu-0.15.1.txt pyproject.toml --extra cpu --override requirements/cpu-overrides.txt
+compile requirements/dev.txt --group dev \
+  -c requirements-lock.txt -c requirements/cpu-0.15.1.txt
+compile requirements/uv.txt --group bootstrap

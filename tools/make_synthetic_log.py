@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Make a route log of any size without a model, to try readers and reports on.
 
     python tools/make_synthetic_log.py /tmp/synthetic.jsonl --rows 10000000
@@ -24,6 +25,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from expert_profiler.errors import UserError, run
+from expert_profiler.resources import program
 
 BATCH = 25  # requests that run together
 _STEP_ROWS = 1 << 16
@@ -84,7 +86,7 @@ def schedule(spec: Spec) -> Iterator[Tokens]:
 
 
 def chunks(spec: Spec) -> Iterator[Any]:
-    """The rows, as ``recordio.Chunk``s; requests are summed up as they end."""
+    """The rows, as ``Chunk``s; requests are summed up as they end."""
     from expert_profiler.log.records import Chunk
 
     rng = np.random.default_rng((spec.seed, 1))
@@ -197,8 +199,7 @@ def header(spec: Spec, name: str) -> dict[str, Any]:
 
 def make(path: Path, spec: Spec, on_rows: Any) -> None:
     """Write the log to ``path``."""
-    from expert_profiler.log import log_file
-    from expert_profiler.log import records as recordio
+    from expert_profiler.log import log_file, records
 
     *_, last = schedule(spec)
     raw = {
@@ -221,10 +222,10 @@ def make(path: Path, spec: Spec, on_rows: Any) -> None:
             on_rows(chunk.rows.num_rows)
 
     if path.suffix == ".parquet":
-        plan = recordio.Plan(spec.experts, spec.top_k, "float32")
-        recordio.write_parquet(path, header(spec, path.name), counted(), end, plan)
+        plan = records.Plan(spec.experts, spec.top_k, "float32")
+        records.write_parquet(path, header(spec, path.name), counted(), end, plan)
     else:
-        recordio.write_jsonl(path, header(spec, path.name), counted(), end)
+        records.write_jsonl(path, header(spec, path.name), counted(), end)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=rows, desc=args.path.name, unit=" rows", unit_scale=True, delay=2) as bar:
         make(args.path, spec, bar.update)
     print(f"written  {args.path}, {rows:,} rows")
-    print(f"next: python make_hist.py {args.path}")
+    print(f"next: {program()} hist {args.path}")
     return 0
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DuckDB as this project opens it: bounded memory, progress, and errors in one line."""
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from expert_profiler.errors import UserError
-from expert_profiler.log import log_file
-from expert_profiler.log.log_file import LogFile
+from expert_profiler.log.line_file import raise_bad_line
+from expert_profiler.log.log_file import RECORD_AGAIN, LogFile
 
 if TYPE_CHECKING:
     import duckdb
@@ -52,8 +53,8 @@ def watching(
 
 
 @contextmanager
-def told(files: Sequence[LogFile]) -> Iterator[None]:
-    """Say what DuckDB stumbled over in ``files``, and in which line."""
+def errors_named(files: Sequence[LogFile]) -> Iterator[None]:
+    """Turn an error of DuckDB into one line that names the file, and the malformed line if any."""
     import duckdb
 
     try:
@@ -64,8 +65,8 @@ def told(files: Sequence[LogFile]) -> Iterator[None]:
             f"{files[0].path}: {fact}; free disk space or set TMPDIR to a larger disk"
         ) from None
     except (duckdb.Error, UnicodeDecodeError) as error:
-        log_file.raise_bad_line(files)
+        raise_bad_line(files)
         fact = str(error).splitlines()[0]
-        if isinstance(error, UnicodeDecodeError):  # it cut its own message within a character
+        if isinstance(error, UnicodeDecodeError):  # DuckDB's own message is cut inside a character
             fact = "DuckDB refuses a line, and what it says of it is no text"
-        raise UserError(f"{files[0].path}: {fact}; {log_file.RECORD_AGAIN}") from None
+        raise UserError(f"{files[0].path}: {fact}; {RECORD_AGAIN}") from None

@@ -1,151 +1,135 @@
-"""What is found out about a log: counts, runs of identical rows, the row identity."""
+# SPDX-License-Identifier: Apache-2.0
+"""Check a log by its own records and rows; every check can state its finding in a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+from expert_profiler.log.log_file import End, LogFile
+from expert_profiler.log.usable_rows import IdenticalRuns
 
-if TYPE_CHECKING:
-    import duckdb
-
-PHASES = ("prefill", "decode", "unknown")
-# Distinct tokens never route alike this long, bit for bit; padding and warm-up passes do.
-CONTAMINATION_RUN = 64
+#: "warn": something that a public logger's or a one-mode run's artifacts lack by nature.
+Verdict = Literal["pass", "FAIL", "skip", "warn"]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How often each expert was chosen.
+class Check(NamedTuple):
+    """One question asked of a log or another artifact of a run.
 
-    values: [layers, phases, experts] int64; rows: [layers, phases] int64, the rows behind them.
-    Expert ids are logical and run from 0 to experts - 1.
+    Attributes:
+        name: what is asked.
+        verdict: the answer.
+        detail: one line, what was found.
+        findings: sentences for the reader of a report, where the answer makes its metrics wrong or
+            doubtful.
     """
 
-    layers: tuple[int, ...]
-    phases: tuple[str, ...]
-    values: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.values.shape[2])
-
-    @property
-    def per_expert(self) -> npt.NDArray[np.int64]:
-        """[experts] int64: over all layers and phases."""
-        total: npt.NDArray[np.int64] = self.values.sum(axis=(0, 1))
-        return total
-
-    @property
-    def per_phase(self) -> npt.NDArray[np.int64]:
-        """[phases, experts] int64: over all layers."""
-        total: npt.NDArray[np.int64] = self.values.sum(axis=0)
-        return total
-
-    def phase_rows(self) -> dict[str, int]:
-        return dict(zip(self.phases, self.rows.sum(axis=0).tolist(), strict=True))
+    name: str
+    verdict: Verdict
+    detail: str
+    findings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Contamination:
-    """Rows inside runs of at least ``CONTAMINATION_RUN`` identical rows of one layer."""
-
-    rows: int
-    share: float  # of all unflagged rows, 0 to 1
-    longest_run: int
-    layers: tuple[int, ...]
+def check(name: str, good: bool, passed: str, failed: str, *findings: str) -> Check:
+    """A check that passes or fails, with the detail and the findings of its verdict."""
+    return Check(name, "pass", passed) if good else Check(name, "FAIL", failed, findings)
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The row identity: unique positions a layer = sum(prompt + generated - 1) - cached."""
-
-    expected: int
-    cached: int
-    requests: int
-    per_layer: dict[int, int]
-    mismatches: tuple[str, ...]  # one sentence a request whose positions differ
-
-    @property
-    def holds(self) -> bool:
-        return not self.mismatches and all(n == self.expected for n in self.per_layer.values())
+def listed(items: Iterable[object], limit: int = 6) -> str:
+    """1, 2, 3 and 4 more."""
+    words = list(map(str, items))
+    text = ", ".join(words[:limit])
+    return text if len(words) <= limit else f"{text} and {len(words) - limit} more"
 
 
-def selection(
-    cells: npt.NDArray[np.int64], layers: tuple[int, ...], include_flagged: bool
-) -> npt.NDArray[np.int64]:
-    """Those of ``cells`` ([n, 3 or more]: layer, phase, flagged, …) that are asked for."""
-    mask = np.isin(cells[:, 0], layers)
-    return cells[mask if include_flagged else mask & (cells[:, 2] == 0)]
+def end_record(
+    files: Sequence[LogFile], end: End | None, *, rows: int, flagged: int, public: bool
+) -> list[Check]:
+    """Whether the log is complete and right by its own account. Its findings: rows are lost.
 
-
-def phase_codes(cells: npt.NDArray[np.int64]) -> list[int]:
-    """The phases to show: both known ones whenever one occurs, "unknown" only if it occurs."""
-    seen = set(cells[:, 1].tolist())
-    return [code for code in (0, 1) if seen & {0, 1}] + ([2] if 2 in seen else [])
-
-
-def find_contamination(db: duckdb.DuckDBPyConnection, num_rows: int) -> Contamination:
-    """Look for long runs in ``routes``; num_rows: unflagged rows."""
-    # A run starts where a row differs from the one before it and ends where the next starts.
-    runs = db.execute(
-        """
-        SELECT layer, sum(size), max(size) FROM (
-          SELECT layer, lead(i, 1, n + 1) OVER (PARTITION BY layer ORDER BY i) - i AS size
-          FROM (SELECT layer, row_number() OVER w AS i, count(*) OVER (PARTITION BY layer) AS n,
-                       route_hash IS DISTINCT FROM lag(route_hash) OVER w AS starts
-                FROM routes WHERE NOT flagged WINDOW w AS (PARTITION BY layer ORDER BY rowid))
-          WHERE starts)
-        WHERE size >= ? GROUP BY layer ORDER BY layer""",
-        [CONTAMINATION_RUN],
-    ).fetchall()
-    rows = sum(int(size) for _, size, _ in runs)
-    longest = max((int(size) for *_, size in runs), default=0)
-    share = rows / num_rows if rows else 0.0
-    return Contamination(rows, share, longest, tuple(int(layer) for layer, *_ in runs))
-
-
-def hold_against(
-    db: duckdb.DuckDBPyConnection,
-    positions: Mapping[str, int],
-    cached: Mapping[str, int],
-    layers: Sequence[int],
-) -> Identity:
-    """Hold ``routes`` against the positions that each request forwarded, and those cached."""
-    expected = {req: n - cached.get(req, 0) for req, n in positions.items()}
-    found = db.execute(
-        "SELECT req_id, min(n), max(n), count(*) FROM (SELECT req_id, layer, "
-        "count(DISTINCT token_idx) AS n FROM routes WHERE NOT flagged GROUP BY req_id, layer) "
-        "GROUP BY req_id"
-    ).fetchall()
-    seen = {str(req): (int(low), int(high), int(n)) for req, low, high, n in found}
-    # A logger that does not know the requests can still satisfy the sums.
-    nothing = (0, 0, 0)
-    mismatches = []
-    if expected.keys() & seen.keys():
-        mismatches = [
-            f"request {req}: {_span(*seen.get(req, nothing)[:2])} positions, {want} expected"
-            for req, want in expected.items()
-            if seen.get(req, nothing) != (want, want, len(layers))
+    Args:
+        files: of the run.
+        end: their end records as one.
+        rows: rows in the log, flagged ones included.
+        flagged: flagged rows.
+        public: a public logger wrote it, without end records.
+    """
+    cut = []
+    for file in files:
+        if file.partial_bytes:
+            cut.append(
+                f"{file.path.name} is cut short inside its last line: "
+                f"{file.partial_bytes} bytes left out"
+            )
+        elif file.end is None and not public:
+            cut.append(f"{file.path.name} has no end record: the run was cut short")
+    absent = "end record absent: loss cannot be ruled out"
+    if end is None:
+        verdict: Verdict = "FAIL" if cut else "warn"
+        names = ("nothing dropped", "self-check", "end totals")
+        return [
+            Check("complete", verdict, "; ".join(cut) or absent, tuple(cut)),
+            *(Check(name, "skip", "no end record") for name in names),
         ]
-        strangers = sorted(seen.keys() - expected.keys())
-        mismatches += [f"request {req}: not in the outputs" for req in strangers]
-    per_layer = db.execute(
-        "SELECT layer, count(*) FROM (SELECT DISTINCT req_id, token_idx, layer FROM routes "
-        "WHERE NOT flagged) GROUP BY layer"
-    ).fetchall()
-    return Identity(
-        expected=sum(expected.values()),
-        cached=sum(cached.get(req, 0) for req in positions),
-        requests=len(positions),
-        per_layer=dict.fromkeys(layers, 0) | {int(layer): int(n) for layer, n in per_layer},
-        mismatches=tuple(mismatches),
-    )
+    drops = ", ".join(f"{cause} {n:,}" for cause, n in end.drops.items()) or "no causes listed"
+    dropped = ", ".join(f"{n:,} {cause}" for cause, n in end.drops.items() if n)
+    failed = "; ".join(end.failed_checks)
+    totals = [("rows", end.rows, rows), ("flagged rows", end.rows_flagged, flagged)]
+    for file in files:
+        size = file.end.raw.get("bytes") if file.end else None
+        if isinstance(size, int):
+            totals.append((f"bytes of {file.path.name}", size, file.end_offset))
+    wrong = [
+        f"{name}: {said:,} said, {held:,} found" for name, said, held in totals if said != held
+    ]
+    against = []
+    if end.self_check == "fail":  # an absent verdict is no pass, but says nothing against the rows
+        against = [f"the recorder's self-check failed: {failed or 'no detail given'}"]
+    fewer = []
+    if rows != end.rows:
+        fewer = [f"the end record says {end.rows:,} rows, the log holds {rows:,}"]
+    return [
+        check("complete", not cut, f"end record present, reason {end.reason!r}", "; ".join(cut),
+              *cut),
+        check("nothing dropped", not end.dropped, drops, drops,
+              f"the recorder dropped rows: {dropped}"),
+        check("self-check", end.self_check == "pass", "the recorder's own verdict: pass",
+              failed or f"verdict {end.self_check!r}", *against),
+        check("end totals", not wrong,
+              f"rows {end.rows:,}, flagged {end.rows_flagged:,}, bytes as found",
+              "; ".join(wrong), *fewer),
+    ]  # fmt: skip
 
 
-def _span(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} to {high}"
+def plain_rows(num_rows: int, repeats: int, runs: IdenticalRuns) -> list[Check]:
+    """Whether the unflagged rows can all be tokens. Its findings: the metrics are doubtful.
+
+    Args:
+        num_rows: unflagged rows.
+        repeats: those that repeat a (request, position, layer).
+        runs: of identical rows.
+    """
+    rows = f"{num_rows:,} rows"
+    return [
+        check(
+            "no duplicates",
+            not repeats,
+            f"{rows}, each (request, position, layer) once",
+            f"{repeats:,} of {rows} repeat a (request, position, layer)",
+            f"{repeats:,} rows repeat a (request, position, layer)",
+        ),
+        check(
+            "no warm-up rows",
+            not runs.rows,
+            "no long run of identical rows",
+            f"{runs.rows:,} of {rows} ({runs.share:.1%}) in runs of identical rows, "
+            f"longest {runs.longest:,}, in layers {listed(runs.layers)}",
+            f"{runs.rows:,} of {rows} ({runs.share:.1%}) lie in long runs of identical rows "
+            f"(longest {runs.longest:,}): warm-up or padding was probably logged as tokens",
+        ),
+    ]
+
+
+def sentences(checks: Iterable[Check]) -> list[str]:
+    """The findings of all checks."""
+    return [finding for one in checks for finding in one.findings]

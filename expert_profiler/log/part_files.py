@@ -1,4 +1,5 @@
-"""A Parquet route log: a directory of part files, with the other records in their footers.
+# SPDX-License-Identifier: Apache-2.0
+"""A Parquet log: a directory of part files, with the other records in their footers.
 
 The layout is described where it is written:
 ``overlay/vllm/moe_routes/writing/formats/dataset.py``.
@@ -6,17 +7,21 @@ The layout is described where it is written:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from expert_profiler.errors import UserError
-from expert_profiler.log import log_file
-from expert_profiler.log.log_file import RECORD_AGAIN, LogFile
+from expert_profiler.log.log_file import (
+    RECORD_AGAIN,
+    LogFile,
+    parse_end,
+    parse_header,
+    parse_object,
+)
+from expert_profiler.log.schema import schema
 
-META, REQUESTS, END = b"moe_routes.meta", b"moe_routes.requests", b"moe_routes.end"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -29,7 +34,7 @@ def open_dataset(path: Path) -> LogFile:
     """Read the footers of the log at ``path``."""
     parts = _parts(path)
     footers = [_footer(part) for part in parts]
-    headers = [footer.get(META) for footer in footers]
+    headers = [footer.get(schema.FOOTER_META) for footer in footers]
     for part, header in zip(parts, headers, strict=True):
         if header is None:
             raise UserError(
@@ -40,15 +45,17 @@ def open_dataset(path: Path) -> LogFile:
             raise UserError(
                 f"{part} belongs to another recording than {parts[0].name}; move it away"
             )
-    meta = log_file.parse_header(parts[0], headers[0] or b"")
-    ended = [i for i, footer in enumerate(footers) if END in footer]
+    meta = parse_header(parts[0], headers[0] or b"")
+    ended = [i for i, footer in enumerate(footers) if schema.FOOTER_END in footer]
     if ended and ended[0] != len(parts) - 1:
         raise UserError(
             f"{path} goes on after its end record in {parts[ended[0]].name}; "
             "move the parts after it away"
         )
     sizes = [part.stat().st_size for part in parts]
-    end = log_file.parse_end(parts[-1], _record(parts[-1], footers[-1][END])) if ended else None
+    end = (
+        parse_end(parts[-1], _record(parts[-1], footers[-1][schema.FOOTER_END])) if ended else None
+    )
     before_end = sum(sizes[:-1]) if ended else sum(sizes)
     return LogFile(path, sum(sizes), meta, end, before_end, 0, tuple(parts))
 
@@ -60,7 +67,7 @@ def requests(file: LogFile) -> Iterator[tuple[int, dict[str, Any]]]:
     rows = 0
     for part in file.parts:
         metadata = pq.read_metadata(part)
-        for line in (metadata.metadata or {}).get(REQUESTS, b"").splitlines():
+        for line in (metadata.metadata or {}).get(schema.FOOTER_REQUESTS, b"").splitlines():
             record = _record(part, line)
             after, cached = record.pop("after_rows", None), record.get("cached_tokens") or 0
             if "req_id" not in record or not all(_is_count(n) for n in (after, cached)):
@@ -71,11 +78,8 @@ def requests(file: LogFile) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _record(part: Path, data: bytes) -> dict[str, Any]:
     """A JSON object of a part's footer."""
-    try:
-        record = json.loads(data)
-    except (RecursionError, ValueError):
-        record = None
-    if not isinstance(record, dict):
+    record = parse_object(data)
+    if record is None:
         raise UserError(f"{part} has a record in its footer that is no JSON object; {RECORD_AGAIN}")
     return record
 

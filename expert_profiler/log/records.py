@@ -1,10 +1,11 @@
-"""A route log as a stream of records, read and written without loss in both formats."""
+# SPDX-License-Identifier: Apache-2.0
+"""Read and write a route log of either format as a stream of records, without loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from expert_profiler.errors import UserError
-from expert_profiler.log import log_file, part_files
-from expert_profiler.log.log_file import End, LogFile
+from expert_profiler.log import part_files
+from expert_profiler.log.line_file import route_type
+from expert_profiler.log.log_file import End, LogFile, bad_line_error
+from expert_profiler.log.schema import schema
 from expert_profiler.resources import recorder_module
 
 _CHUNK_BYTES = 8 << 20
@@ -22,7 +25,7 @@ PART_ROWS = 1 << 20
 
 
 class UnfitError(Exception):
-    """A value does not fit the types that a :class:`Plan` says."""
+    """A value does not fit the types of a :class:`Plan`."""
 
 
 class Chunk(NamedTuple):
@@ -73,19 +76,18 @@ def plans(file: LogFile) -> Iterator[Plan]:
 # ---- JSONL ---------------------------------------------------------------------------------
 
 
-class _Route(
-    msgspec.Struct, tag_field="type", tag="route", omit_defaults=True, forbid_unknown_fields=True
-):
-    req_id: str | int
-    token_idx: int
-    layer: int
-    topk_ids: list[int]
-    topk_weights: list[float | None]
-    phase: Literal["prefill", "decode"] | None = None
-    forward_pass_id: int | None = None
-    flag: Literal["recomputed", "overrun", "rejected"] | None = None
-
-
+_Route = route_type(
+    weights=list[float | None], omit_defaults=True, forbid_unknown_fields=True
+)  # fmt: skip
+_LISTS = {"ids": np.int64, "weights": np.float64}
+#: Arrow types of the other columns as they are read; a writer of logs may number its requests.
+_SCALARS = {
+    "string": None,
+    "label": pa.string(),
+    "int16": pa.int16(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+}
 _decode_route = msgspec.json.Decoder(_Route).decode
 _encoder = msgspec.json.Encoder()
 
@@ -93,7 +95,7 @@ _encoder = msgspec.json.Encoder()
 def read_jsonl(file: LogFile) -> Iterator[Chunk]:
     """The rows and request records of a JSONL log."""
     number = 1
-    rows: list[_Route] = []
+    rows: list[Any] = []
     requests: list[tuple[int, dict[str, Any]]] = []
     with file.path.open("rb") as stream:
         stream.readline()  # the header
@@ -121,14 +123,14 @@ def _other(path: Path, number: int, line: bytes, error: Exception) -> dict[str, 
     try:
         record = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as broken:
-        raise log_file.bad_line_error(path, number, f"not valid JSON: {broken}") from None
+        raise bad_line_error(path, number, f"not valid JSON: {broken}") from None
     if isinstance(record, dict) and record.get("type") == "request":
         return record
     reason = f"cannot be kept without loss: {error}"
-    raise log_file.bad_line_error(path, number, reason) from None
+    raise bad_line_error(path, number, reason) from None
 
 
-def _table(file: LogFile, rows: list[_Route]) -> pa.Table:
+def _table(file: LogFile, rows: list[Any]) -> pa.Table:
     def lists(values: list[list[Any]], kind: Any) -> Any:
         offsets = np.zeros(len(values) + 1, dtype=np.int32)
         np.cumsum([len(item) for item in values], out=offsets[1:])
@@ -136,19 +138,14 @@ def _table(file: LogFile, rows: list[_Route]) -> pa.Table:
         array = np.array(flat, dtype=kind)  # None becomes NaN
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(array))
 
+    def column(name: str, kind: str) -> Any:
+        values = [getattr(row, name) for row in rows]
+        if kind in _LISTS:
+            return lists(values, _LISTS[kind])
+        return pa.array(values, _SCALARS[kind])
+
     try:
-        return pa.table(
-            {
-                "req_id": pa.array([row.req_id for row in rows]),
-                "token_idx": pa.array([row.token_idx for row in rows], pa.int32()),
-                "layer": pa.array([row.layer for row in rows], pa.int16()),
-                "topk_ids": lists([row.topk_ids for row in rows], np.int64),
-                "topk_weights": lists([row.topk_weights for row in rows], np.float64),
-                "phase": pa.array([row.phase for row in rows], pa.string()),
-                "forward_pass_id": pa.array([row.forward_pass_id for row in rows], pa.int64()),
-                "flag": pa.array([row.flag for row in rows], pa.string()),
-            }
-        )
+        return pa.table({name: column(name, kind) for name, kind, _ in schema.ROUTE_FIELDS})
     except (pa.ArrowException, OverflowError) as error:
         fact = str(error).splitlines()[0]
         raise UserError(f"{file.path} can't become Parquet: {fact}; keep it as it is") from None
@@ -172,27 +169,17 @@ def write_jsonl(
             stream.write(_encoder.encode(_restated(end, stream.tell())) + b"\n")
 
 
-def _routes(rows: pa.Table) -> list[_Route]:
-    names, phases, flags = (
-        rows[name].combine_chunks().cast("string").to_pylist() if rows.num_rows else []
-        for name in ("req_id", "phase", "flag")
-    )
-    if pa.types.is_integer(rows.schema.field("req_id").type):
-        names = rows["req_id"].to_pylist()
-    return [
-        _Route(*values)
-        for values in zip(
-            names,
-            rows["token_idx"].to_pylist(),
-            rows["layer"].to_pylist(),
-            _python_lists(rows["topk_ids"]),
-            _python_lists(rows["topk_weights"]),
-            phases,
-            rows["forward_pass_id"].to_pylist(),
-            flags,
-            strict=True,
-        )
-    ]
+def _routes(rows: pa.Table) -> list[Any]:
+    columns = []
+    for name, kind, _ in schema.ROUTE_FIELDS:
+        column = rows[name]
+        if kind in _LISTS:
+            columns.append(_python_lists(column))
+        elif pa.types.is_dictionary(column.type):
+            columns.append(column.cast("string").to_pylist())
+        else:
+            columns.append(column.to_pylist())
+    return [_Route(*values) for values in zip(*columns, strict=True)]
 
 
 def _python_lists(column: Any) -> list[list[Any]]:
@@ -284,7 +271,8 @@ def _fitted(rows: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _fitted_lists(array: Any, kind: Any) -> Any:
     flat, lengths = _flat(array)
-    target = kind.value_type.to_pandas_dtype()
+    # The type has no method that says so without pandas.
+    target = pa.array([], kind.value_type).to_numpy(zero_copy_only=False).dtype
     fitted = flat.astype(target)
     same = fitted.astype(flat.dtype) == flat
     if flat.dtype.kind == "f":

@@ -1,6 +1,7 @@
-"""Reading a route log of any size, a JSONL file or a Parquet directory.
+# SPDX-License-Identifier: Apache-2.0
+"""Read a route log of any size, a JSONL file or a Parquet directory.
 
-Opening it takes one pass that counts (``tally``), in memory that does not grow with the rows.
+Opening it takes one pass that counts (``RowCounts``), in memory that does not grow with the rows.
 Whatever else is asked goes to DuckDB, as SQL over ``routes``: a Parquet log is read in place, a
 JSONL log is loaded into a table first, which DuckDB spills to disk above ``duck.MEMORY_LIMIT``.
 """
@@ -9,76 +10,59 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.log import duck, log_file, part_files, sampling, scan, sources
-from expert_profiler.log.findings import (
-    CONTAMINATION_RUN,
-    PHASES,
-    Contamination,
-    Counts,
-    Identity,
-    find_contamination,
-    hold_against,
-    phase_codes,
-    selection,
+from expert_profiler.log import (
+    duck,
+    expert_counts,
+    findings,
+    line_file,
+    run_files,
+    sampling,
+    scan,
+    sources,
+    usable_rows,
 )
-from expert_profiler.log.log_file import End, LogFile, Meta
-from expert_profiler.log.outputs import read_outputs
-from expert_profiler.log.row_counts import Tally
+from expert_profiler.log.expert_counts import Counts
+from expert_profiler.log.findings import Check
+from expert_profiler.log.log_file import RECORD_AGAIN, End, LogFile, Meta, merge_ends
+from expert_profiler.log.row_counts import RowCounts
+from expert_profiler.log.schema import PHASES
+from expert_profiler.log.usable_rows import IdenticalRuns, UsableRows
+from expert_profiler.resources import program
 
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = [
-    "CONTAMINATION_RUN",
-    "PHASES",
-    "Contamination",
-    "Counts",
-    "Identity",
-    "RouteLog",
-    "open_log",
-    "read_outputs",
-]
-
-_REQUEST_COLUMNS = "{type: 'VARCHAR', req_id: 'VARCHAR', cached_tokens: 'BIGINT'}"
-_CACHED = """
-SELECT req_id, max(cached_tokens) FROM {source}
-WHERE type = 'request' AND cached_tokens > 0 GROUP BY req_id
-"""
-_WEIGHT_FAULTS = """
-SELECT count(*) FILTER (len(topk_weights) <> len(topk_ids)),
-       count(*) FILTER (list_count(topk_weights) < len(topk_weights)
-                        OR NOT isfinite(list_sum(topk_weights)) OR list_min(topk_weights) < 0)
-FROM {source}
-"""
-
 
 @contextmanager
 def open_log(
-    path: str | Path,
-    on_progress: Callable[[float], None] | None = None,
-    *,
-    weights: bool = False,
+    path: str | Path, on_progress: Callable[[float], None] | None = None
 ) -> Iterator[RouteLog]:
-    """Open the log at ``path`` with the files of the run's other ranks.
+    """Open a log with the files of the run's other ranks.
 
-    weights: let queries use ``routes.topk_weights``.
+        with open_log("moe_routes.jsonl") as log:
+            print(log.num_rows, log.notes)
 
-    on_progress, if given, gets the percentage read so far every half second, and 100 at the end.
+    Args:
+        path: a JSONL file or a Parquet directory.
+        on_progress: gets the percentage read so far every half second, and 100 at the end.
+
+    Raises:
+        UserError: it is no log, or a line of it is malformed.
     """
-    files = log_file.open_run(Path(path))
+    files = run_files.open_run(Path(path))
     scratch = tempfile.mkdtemp(prefix="expert-profiler-")
     try:
-        log = RouteLog(files, scratch, weights)
+        log = RouteLog(files, scratch)
         try:
             log._scan(on_progress)
             yield log
@@ -91,14 +75,13 @@ def open_log(
 class RouteLog:
     """An opened log; make one with :func:`open_log`. "Rows" are route lines without a flag."""
 
-    def __init__(self, files: list[LogFile], scratch: str, weights: bool) -> None:
+    def __init__(self, files: list[LogFile], scratch: str) -> None:
         self.files = files
-        self._weights = weights
         self._scratch = scratch
-        self._tally = Tally()
+        self._row_counts = RowCounts()
         self.path = files[0].path
         self.meta: Meta = files[0].meta
-        self.end: End | None = log_file.merge_ends([file.end for file in files])
+        self.end: End | None = merge_ends([file.end for file in files])
         self._loaded = False
 
     # ---- facts -------------------------------------------------------------------------------
@@ -110,14 +93,21 @@ class RouteLog:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The layers that have rows or should have."""
-        seen = set(self._cell_rows[:, 0].tolist())
+        """The layers that have rows or should have, ascending."""
+        seen = set(self._tables[1][:, 0].tolist())
         return tuple(sorted(seen.union(*(file.meta.layers_logged for file in self.files))))
+
+    @cached_property
+    def phases(self) -> tuple[str, ...]:
+        """Both known phases whenever one occurs, "unknown" only if it occurs."""
+        seen = {PHASES[code] for code in self._tables[1][:, 1].tolist()}
+        known = PHASES[:2] if seen & set(PHASES[:2]) else ()
+        return known + PHASES[2:] if PHASES[2] in seen else known
 
     @cached_property
     def num_experts(self) -> int:
         """From the header; the highest id + 1 where the header does not say."""
-        return self.declared_experts or int(self._cells[:, 3].max(initial=-1)) + 1
+        return self.declared_experts or int(self._tables[0][:, 3].max(initial=-1)) + 1
 
     @property
     def declared_experts(self) -> int | None:
@@ -126,15 +116,15 @@ class RouteLog:
 
     @cached_property
     def num_rows(self) -> int:
-        return int(self._cell_rows[self._cell_rows[:, 2] == 0, 3].sum())
+        return self._rows_where(flagged=0)
 
     @cached_property
     def rows_flagged(self) -> int:
-        return int(self._cell_rows[self._cell_rows[:, 2] == 1, 3].sum())
+        return self._rows_where(flagged=1)
 
     @property
     def requests(self) -> int:
-        return self._tally.requests
+        return self._row_counts.requests
 
     @property
     def is_parquet(self) -> bool:
@@ -142,130 +132,132 @@ class RouteLog:
 
     # ---- questions ---------------------------------------------------------------------------
 
-    def counts(self, layer: int | None = None, include_flagged: bool = False) -> Counts:
-        """Count the experts of all layers, or of one."""
+    def counts(
+        self,
+        layer: int | None = None,
+        *,
+        include_flagged: bool = False,
+        include_identical: bool = True,
+    ) -> Counts:
+        """How often each expert was chosen: [layers, phases, experts], and the rows behind it.
+
+            log.counts(layer=3).per_expert  # [experts] int64
+
+        Args:
+            layer: this one alone; default, all.
+            include_flagged: count recomputed, overrun and rejected rows too.
+            include_identical: count rows in long runs of identical rows too.
+
+        Raises:
+            UserError: there is no such layer, or an id is not among the header's experts.
+        """
         layers = self.layers if layer is None else (self._known(layer),)
-        wanted = selection(self._cells, layers, include_flagged)
-        rows_of = selection(self._cell_rows, layers, include_flagged)
-        outside = wanted[(wanted[:, 3] < 0) | (wanted[:, 3] >= self.num_experts)]
+        rows = self.usable_rows(
+            include_flagged=include_flagged, include_identical=include_identical
+        )
+        tables = self._tables_where(rows.condition) if rows.identical else self._tables
+        choices, num_rows = (
+            table[np.isin(table[:, 0], layers) & (include_flagged | (table[:, 2] == 0))]
+            for table in tables
+        )
+        outside = choices[(choices[:, 3] < 0) | (choices[:, 3] >= self.num_experts)]
         if outside.size:
             raise UserError(
                 f"{self.path}: expert id {outside[0, 3]} in layer {outside[0, 0]}, but the header "
                 f"says {self.num_experts} experts (0 to {self.num_experts - 1}); "
-                f"list all faults with: ./test.sh validate --routes {self.path}"
+                f"list all faults with: {program()} validate --routes {self.path}"
             )
-        codes = phase_codes(self._cell_rows)
-        values = np.zeros((len(layers), len(codes), self.num_experts), dtype=np.int64)
-        rows = np.zeros((len(layers), len(codes)), dtype=np.int64)
-        index = np.searchsorted(layers, wanted[:, 0]), np.searchsorted(codes, wanted[:, 1])
-        np.add.at(values, (*index, wanted[:, 3]), wanted[:, 4])
-        index = np.searchsorted(layers, rows_of[:, 0]), np.searchsorted(codes, rows_of[:, 1])
-        np.add.at(rows, index, rows_of[:, 3])
-        return Counts(layers, tuple(PHASES[code] for code in codes), values, rows)
+        return expert_counts.from_cells(choices, num_rows, layers, self.phases, self.num_experts)
 
-    def duplicates(self) -> int:
-        """Rows whose (request, position, layer) an earlier row already has."""
-        return self._duplicates
+    def usable_rows(
+        self, *, include_flagged: bool = False, include_identical: bool = False
+    ) -> UsableRows:
+        """Which rows to count, as a condition on ``routes``; ``log/usable_rows.py`` says why."""
+        return usable_rows.choose(
+            IdenticalRuns() if include_identical else self.identical_runs,
+            num_rows=self.num_rows,
+            num_flagged=self.rows_flagged,
+            include_flagged=include_flagged,
+        )
 
     @cached_property
-    def contamination(self) -> Contamination:
+    def duplicates(self) -> int:
+        """Rows whose (request, position, layer) an earlier row already has."""
+        if self._row_counts.surely_no_duplicates:
+            return 0
+        [(repeats,)] = self.query(
+            "SELECT coalesce(sum(n) - count(*), 0) FROM (SELECT count(*) AS n FROM routes "
+            "WHERE NOT flagged GROUP BY req_id, token_idx, layer)"
+        )
+        return int(repeats)
+
+    @cached_property
+    def identical_runs(self) -> IdenticalRuns:
         """Rows in long runs of identical rows (same ids and weights, same layer, file order)."""
         # Identical rows have equal ids: nearly every log ends here, without reading weights.
-        if self._tally.longest_run < CONTAMINATION_RUN:
-            return Contamination(0, 0.0, 0, ())
+        if self._row_counts.longest_run < usable_rows.SHORTEST_RUN:
+            return IdenticalRuns()
         self._load()
-        return find_contamination(self._db, self.num_rows)
+        return usable_rows.find_identical_runs(self.connection, self.num_rows)
 
-    def identity(self, outputs_path: str | Path) -> Identity:
-        """Hold the log against ``outputs.jsonl``, layer by layer and request by request."""
-        positions = sampling.sampled(read_outputs(Path(outputs_path)), self.meta.raw)
-        self._load()
-        return hold_against(self._db, positions, self.cached_tokens(), self.layers)
+    def query(self, sql: str, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
+        """The answer to SQL over ``routes``: one row a route line, flagged ones included.
 
-    def cached_tokens(self) -> dict[str, int]:
-        """Positions a request that the prefix cache served, which were never routed."""
-        if self.is_parquet:
-            found: dict[str, int] = {}
-            for file in self.files:
-                for _, record in part_files.requests(file):
-                    cached, req = int(record.get("cached_tokens") or 0), str(record["req_id"])
-                    found[req] = max(cached, found.get(req, 0))
-            return {req: n for req, n in found.items() if n}
-        source = sources.json_source(self.files, _REQUEST_COLUMNS)
-        with duck.told(self.files):
-            rows = self._db.execute(_CACHED.format(source=source)).fetchall()
-        return {str(req): int(n) for req, n in rows}
+            log.query("SELECT layer, count(*) FROM routes WHERE NOT flagged GROUP BY layer")
 
-    def weight_faults(self) -> tuple[int, int]:
-        """Route rows, flagged ones included: (as many weights as ids?, all finite and >= 0?).
-
-        Each figure is the number of rows where the answer is no. Reads the log once more.
-        """
-        sql = _WEIGHT_FAULTS.format(source=sources.weight_source(self.files))
-        with duck.told(self.files):
-            [(lengths, values)] = self._db.execute(sql).fetchall()
-        return int(lengths), int(values)
-
-    def query(self, sql: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
-        """Ask ``routes`` (one row a usable route line, flagged ones included) anything.
-
-        Columns: req_id, token_idx, layer, phase (index into PHASES), flagged, topk_ids,
-        topk_weights (only with ``open_log(weights=True)``), forward_pass_id (NULL in a public
-        logger's file), flag; ORDER BY rowid is the file order.
+        Columns: req_id, token_idx, layer, phase (index into ``schema.PHASES``: 0 prefill, 1 decode,
+        2 unknown), flagged, topk_ids, topk_weights, forward_pass_id (NULL in a public logger's
+        file), flag; ORDER BY rowid is the file order. The dialect is DuckDB's.
         """
         self._load()
-        rows: list[tuple[Any, ...]] = self._db.execute(sql, parameters).fetchall()
+        rows: list[tuple[Any, ...]] = self.connection.execute(sql, parameters).fetchall()
         return rows
-
-    def connection(self) -> duckdb.DuckDBPyConnection:
-        """The database behind :meth:`query`; ``routes`` is there once a question was asked."""
-        return self._db
 
     def arrow(self, sql: str, rows: int) -> Iterator[Any]:
         """The answer of :meth:`query` as record batches of about so many rows."""
         self._load()
-        return iter(self._db.sql(sql).to_arrow_reader(rows))
+        return iter(self.connection.sql(sql).to_arrow_reader(rows))
+
+    @cached_property
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """The database behind :meth:`query`; ``routes`` is there once a question was asked."""
+        return duck.connect(self._scratch)
 
     # ---- findings ----------------------------------------------------------------------------
 
     @cached_property
-    def lost_rows(self) -> list[str]:
-        """Why this log cannot be complete, or says itself that it is wrong; empty when sound."""
-        found = []
-        for file in self.files:
-            if file.partial_bytes:
-                found.append(
-                    f"{file.path.name} is cut short inside its last line: "
-                    f"{file.partial_bytes} bytes left out"
-                )
-            elif file.end is None and not self.is_public_logger:
-                found.append(f"{file.path.name} has no end record: the run was cut short")
-        if self.end is not None:
-            if self.end.dropped:
-                causes = ", ".join(f"{n:,} {cause}" for cause, n in self.end.drops.items() if n)
-                found.append(f"the recorder dropped rows: {causes}")
-            if self.end.self_check == "fail":
-                detail = "; ".join(self.end.failed_checks) or "no detail given"
-                found.append(f"the recorder's self-check failed: {detail}")
-            held = self.num_rows + self.rows_flagged
-            if held != self.end.rows:
-                found.append(f"the end record says {self.end.rows:,} rows, the log holds {held:,}")
-        return found
+    def checks_of_end(self) -> list[Check]:
+        """Whether the log is complete and right by its own account."""
+        return findings.end_record(
+            self.files,
+            self.end,
+            rows=self.num_rows + self.rows_flagged,
+            flagged=self.rows_flagged,
+            public=self.is_public_logger,
+        )
 
     @cached_property
+    def checks_of_rows(self) -> list[Check]:
+        """Whether the rows can all be tokens."""
+        return findings.plain_rows(self.num_rows, self.duplicates, self.identical_runs)
+
+    @property
+    def lost_rows(self) -> list[str]:
+        """Why this log cannot be complete, or says itself that it is wrong; empty when sound."""
+        return findings.sentences(self.checks_of_end)
+
+    @property
     def suspicions(self) -> list[str]:
-        """Findings that make the figures doubtful though no row is known to be lost."""
-        found = []
-        runs = self.contamination
-        if runs.rows:
-            found.append(
-                f"{runs.rows:,} of {self.num_rows:,} rows ({runs.share:.1%}) lie in long runs of "
-                f"identical rows (longest {runs.longest_run:,}): "
-                "warm-up or padding was probably logged as tokens"
-            )
-        if self._duplicates:
-            found.append(f"{self._duplicates:,} rows repeat a (request, position, layer)")
-        return found
+        """Findings that make the metrics doubtful though no row is known to be lost."""
+        return findings.sentences(reversed(self.checks_of_rows))
+
+    @property
+    def verdict(self) -> Literal["pass", "doubtful", "fail"]:
+        """pass: complete and self-checked; fail: rows are lost; doubtful: anything else."""
+        if self.lost_rows:
+            return "fail"
+        sound = self.end is not None and self.end.self_check == "pass" and not self.suspicions
+        return "pass" if sound else "doubtful"
 
     @cached_property
     def notes(self) -> list[str]:
@@ -293,16 +285,12 @@ class RouteLog:
 
     # ---- inside ------------------------------------------------------------------------------
 
-    @cached_property
-    def _db(self) -> duckdb.DuckDBPyConnection:
-        return duck.connect(self._scratch)
-
     def _close(self) -> None:
-        if "_db" in self.__dict__:
-            self._db.close()
+        if "connection" in self.__dict__:
+            self.connection.close()
 
     def _scan(self, on_progress: Callable[[float], None] | None) -> None:
-        """The one pass that every log gets: count, and find what is malformed."""
+        """Count all rows in one pass, and find what is malformed."""
         if len({bool(file.parts) for file in self.files}) > 1:
             raise UserError(
                 f"{self.path}: some ranks' logs are Parquet and some JSONL; convert one"
@@ -310,44 +298,45 @@ class RouteLog:
         bad = 0
         try:
             if self.is_parquet:
-                scan.scan_parquet(self.files, self._tally, on_progress)
+                scan.scan_parquet(self.files, self._row_counts, on_progress)
             else:
-                source = sources.json_source(self.files, sources.SCAN_COLUMNS)
-                with duck.told(self.files), duck.watching(self._db, on_progress):
-                    bad = scan.scan_jsonl(self._db, source, self._tally)
+                with duck.errors_named(self.files), duck.watching(self.connection, on_progress):
+                    bad = scan.scan_jsonl(self.connection, self.files, self._row_counts)
         except scan.MalformedError as error:
-            log_file.raise_bad_line(self.files)
-            raise UserError(f"{self.path}: {error}; {log_file.RECORD_AGAIN}") from None
+            line_file.raise_bad_line(self.files)
+            raise UserError(f"{self.path}: {error}; {RECORD_AGAIN}") from None
         if bad > sum(file.partial_bytes > 0 for file in self.files):
-            log_file.raise_bad_line(self.files)
-        if not len(self._cell_rows):
-            raise UserError(f"{self.path} has a header but no route rows; {log_file.RECORD_AGAIN}")
+            line_file.raise_bad_line(self.files)
+        if not len(self._tables[1]):
+            raise UserError(f"{self.path} has a header but no route rows; {RECORD_AGAIN}")
 
     def _load(self) -> None:
         """Make ``routes``."""
         if not self._loaded:
-            with duck.told(self.files):
-                self._db.execute(sources.make_routes(self.files, self._weights))
+            with duck.errors_named(self.files):
+                self.connection.execute(sources.make_routes(self.files))
             self._loaded = True
 
     @cached_property
-    def _cells(self) -> npt.NDArray[np.int64]:
-        """[cells, 5] int64: layer, phase, flagged, expert, choices."""
-        return self._tally.cells
+    def _tables(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """``RowCounts.cells`` and ``RowCounts.cell_rows`` of the whole log."""
+        return self._row_counts.cells, self._row_counts.cell_rows
 
-    @cached_property
-    def _cell_rows(self) -> npt.NDArray[np.int64]:
-        """[cells, 4] int64: layer, phase, flagged, rows."""
-        return self._tally.cell_rows
+    def _rows_where(self, flagged: int) -> int:
+        rows = self._tables[1]
+        return int(rows[rows[:, 2] == flagged, 3].sum())
 
-    @cached_property
-    def _duplicates(self) -> int:
-        if self._tally.surely_no_duplicates:
-            return 0
-        return self._one(
-            "SELECT coalesce(sum(n) - count(*), 0) FROM (SELECT count(*) AS n FROM routes "
-            "WHERE NOT flagged GROUP BY req_id, token_idx, layer)"
+    def _tables_where(self, condition: str) -> tuple[npt.NDArray[np.int64], ...]:
+        """``_tables`` of the rows that satisfy ``condition``."""
+        choices = self.query(
+            "SELECT layer, phase, flagged::INTEGER, expert, count(*) FROM (SELECT *, "  # noqa: S608
+            f"unnest(topk_ids) AS expert FROM routes WHERE {condition}) GROUP BY ALL"
         )
+        rows = self.query(
+            f"SELECT layer, phase, flagged::INTEGER, count(*) FROM routes WHERE {condition} "  # noqa: S608
+            "GROUP BY ALL"
+        )
+        return np.array(choices, dtype=np.int64), np.array(rows, dtype=np.int64)
 
     def _known(self, layer: int) -> int:
         if layer not in self.layers:
@@ -355,9 +344,6 @@ class RouteLog:
                 f"{self.path} has no layer {layer}; choose --layer from: {_ranges(self.layers)}"
             )
         return layer
-
-    def _one(self, sql: str) -> int:
-        return int(self.query(sql)[0][0])
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

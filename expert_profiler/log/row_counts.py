@@ -1,4 +1,5 @@
-"""What one pass over the rows counts: choices, rows, requests, and whether rows may repeat.
+# SPDX-License-Identifier: Apache-2.0
+"""Count choices, rows and requests in one pass over the rows, and notice rows that may repeat.
 
 Pure numpy. Memory depends on the layers, experts and requests of a log, not on its rows.
 """
@@ -21,8 +22,8 @@ _MAX_HASHES = 1 << 24
 Ints = npt.NDArray[Any]
 
 
-class Batch(NamedTuple):
-    """Consecutive usable rows of one file, in file order.
+class RowBatch(NamedTuple):
+    """Consecutive route rows of one file, in file order.
 
     Attributes:
         names: request ids that ``request`` points into.
@@ -44,21 +45,19 @@ class Batch(NamedTuple):
     ids: Ints
 
 
-class Tally:
-    """Counts batches; the results stand in the properties."""
+class RowCounts:
+    """Adds up batches of rows; the properties hold the results."""
 
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
-        self._slots: Ints = np.full(
-            64, -1, dtype=np.int64
-        )  # by layer, where the layer is in _DENSE
+        self._slots: Ints = np.full(64, -1, dtype=np.int64)  # by layer, of those below _DENSE
         self._choices: Ints = np.zeros((0, _KINDS, 0), dtype=np.int64)
         self._rows: Ints = np.zeros((0, _KINDS), dtype=np.int64)
         self._strange: dict[tuple[int, int, int], int] = {}  # (slot, kind, id outside _DENSE)
         self._positions = _Positions()
         self._runs = _Runs()
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: RowBatch) -> None:
         n = len(batch.layer)
         if n == 0:
             return
@@ -149,7 +148,7 @@ class Tally:
     def _new_slot(self, layer: int) -> int:
         return self._slot_of.setdefault(layer, len(self._slot_of))
 
-    def _count(self, cell: Ints, batch: Batch) -> None:
+    def _count(self, cell: Ints, batch: RowBatch) -> None:
         slots = len(self._slot_of)
         ids, lengths = batch.ids, batch.lengths
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
@@ -197,7 +196,7 @@ class _Positions:
         return len(self._code_of)
 
     def see(self, names: Sequence[str], request: Ints) -> Ints:
-        """[n] the requests' codes; new ones are taken in."""
+        """[n] the requests' codes; a new request gets the next one."""
         used = np.flatnonzero(np.bincount(request)).tolist()
         codes = np.full(len(names), -1, dtype=np.int64)
         for i in used:

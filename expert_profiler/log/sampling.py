@@ -1,4 +1,5 @@
-"""Which requests a log of a sample holds: the recorder's own rule, for whoever has the outputs."""
+# SPDX-License-Identifier: Apache-2.0
+"""Which requests a log of a sample holds, by the recorder's own rule."""
 
 from __future__ import annotations
 
@@ -25,6 +26,6 @@ def chosen(req_id: str, n: int) -> bool:
 
 
 def sampled(by_request: Mapping[str, T], header: Mapping[str, Any]) -> dict[str, T]:
-    """What belongs to requests that the log of this header has to hold."""
+    """The entries of the requests that a log with this header must hold."""
     n = one_in(header)
     return {req: value for req, value in by_request.items() if n == 1 or chosen(req, n)}

@@ -1,4 +1,5 @@
-"""A log's rows, batch by batch, for ``tally``: JSONL by DuckDB, Parquet by pyarrow."""
+# SPDX-License-Identifier: Apache-2.0
+"""Read a log's rows batch by batch into ``RowCounts``: JSONL by DuckDB, Parquet by pyarrow."""
 
 from __future__ import annotations
 
@@ -11,20 +12,15 @@ import numpy as np
 
 from expert_profiler.errors import UserError
 from expert_profiler.log.log_file import LogFile
-from expert_profiler.log.row_counts import Batch, Tally
+from expert_profiler.log.row_counts import RowBatch, RowCounts
+from expert_profiler.log.schema import PHASES
+from expert_profiler.log.sources import COUNTED_LINE, KIND, PHASE, json_lines
 
 if TYPE_CHECKING:
     import duckdb
 
 _BATCH_ROWS = 1 << 17
 _COLUMNS = ["req_id", "token_idx", "layer", "phase", "flag", "topk_ids"]
-
-# kind: 0 a usable route row, 2 no record; the lines of other records are left out.
-KIND = """
-(CASE WHEN type = 'route' AND req_id IS NOT NULL AND token_idx IS NOT NULL AND layer IS NOT NULL
-           AND topk_ids IS NOT NULL AND topk_weights IS NOT NULL THEN 0
-      WHEN type IN ('meta', 'request', 'end') THEN 1 ELSE 2 END)::UTINYINT"""
-PHASE = "(CASE phase WHEN 'prefill' THEN 0 WHEN 'decode' THEN 1 ELSE 2 END)::UTINYINT"
 
 _SCAN = f"""
 SELECT {KIND} AS kind, req_id, token_idx, layer, {PHASE} AS phase, flag IS NOT NULL AS flagged,
@@ -34,14 +30,15 @@ FROM {{source}} WHERE kind <> 1
 
 
 class MalformedError(Exception):
-    """A line or a value that no writer of route logs writes; where it is has yet to be found."""
+    """A line or a value is no part of a route log; its place is not known yet."""
 
 
-def scan_jsonl(db: duckdb.DuckDBPyConnection, source: str, tally: Tally) -> int:
-    """Count the rows of ``source``, a relation of lines; returns lines that are no record."""
+def scan_jsonl(db: duckdb.DuckDBPyConnection, files: Sequence[LogFile], counts: RowCounts) -> int:
+    """Count the rows of JSONL logs; returns the number of lines that are no record."""
     import pyarrow as pa
 
     bad = 0
+    source = json_lines(files, COUNTED_LINE)
     for chunk in db.sql(_SCAN.format(source=source)).to_arrow_reader(_BATCH_ROWS):
         kind = chunk.column("kind").to_numpy()
         if kind.any():
@@ -50,12 +47,12 @@ def scan_jsonl(db: duckdb.DuckDBPyConnection, source: str, tally: Tally) -> int:
         if chunk.num_rows:
             names = chunk.column("req_id").dictionary_encode()
             flagged = chunk.column("flagged").to_numpy(zero_copy_only=False)
-            tally.add(_batch(names, chunk.column("phase").to_numpy(), flagged, chunk))
+            counts.add(_batch(names, chunk.column("phase").to_numpy(), flagged, chunk))
     return bad
 
 
 def scan_parquet(
-    files: Sequence[LogFile], tally: Tally, on_progress: Callable[[float], None] | None
+    files: Sequence[LogFile], counts: RowCounts, on_progress: Callable[[float], None] | None
 ) -> None:
     """Count the rows of Parquet logs."""
     import pyarrow as pa
@@ -66,7 +63,7 @@ def scan_parquet(
         total = sum(pq.read_metadata(part).num_rows for part in parts)
         done = 0
         for batch in _ahead(batch for part in parts for batch in _batches_of(part)):
-            tally.add(batch)
+            counts.add(batch)
             done += len(batch.layer)
             if on_progress:
                 on_progress(100 * done / total)
@@ -75,7 +72,7 @@ def scan_parquet(
         raise UserError(f"{files[0].path}: {fact}; copy the directory again") from None
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _ahead(batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
     """The same batches, the next one made by another thread while this one is used."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(next, batches, None)
@@ -84,7 +81,7 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _batches_of(part: Path) -> Iterator[Batch]:
+def _batches_of(part: Path) -> Iterator[RowBatch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,17 +94,18 @@ def _batches_of(part: Path) -> Iterator[Batch]:
         if not pa.types.is_dictionary(names.type):
             names = names.cast("string").dictionary_encode()
         phase = chunk.column("phase")
-        known = {"prefill": 0, "decode": 1}
-        codes = np.array([known.get(name, 2) for name in phase.dictionary.to_pylist()] + [2])
-        indices = phase.indices.fill_null(len(codes) - 1).to_numpy()
+        unknown = len(PHASES) - 1
+        known = [PHASES.index(x) if x in PHASES else unknown for x in phase.dictionary.to_pylist()]
+        codes = np.array([*known, unknown], dtype=np.uint8)
+        indices = phase.indices.fill_null(len(known)).to_numpy()
         flagged = chunk.column("flag").is_valid().to_numpy(zero_copy_only=False)
         for name in ("req_id", "token_idx", "layer", "topk_ids"):
             if chunk.column(name).null_count:
                 raise MalformedError(f"{part} has rows without {name}")
-        yield _batch(names, codes.astype(np.uint8)[indices], flagged, chunk)
+        yield _batch(names, codes[indices], flagged, chunk)
 
 
-def _batch(names: Any, phase: Any, flagged: Any, chunk: Any) -> Batch:
+def _batch(names: Any, phase: Any, flagged: Any, chunk: Any) -> RowBatch:
     lists = chunk.column("topk_ids")
     values = lists.flatten()
     if values.null_count:
@@ -119,7 +117,7 @@ def _batch(names: Any, phase: Any, flagged: Any, chunk: Any) -> Batch:
         lengths = np.diff(np.asarray(lists.offsets))
         if (lengths == lengths[0]).all():
             lengths = int(lengths[0])
-    return Batch(
+    return RowBatch(
         names.dictionary.to_pylist(),
         names.indices.to_numpy(),
         chunk.column("token_idx").to_numpy(),

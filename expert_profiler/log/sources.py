@@ -1,62 +1,69 @@
-"""How DuckDB reaches the rows of a log: SQL text, nothing else."""
+# SPDX-License-Identifier: Apache-2.0
+"""SQL text that gives DuckDB the rows of a log."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from expert_profiler.log import log_file
+from expert_profiler.log.line_file import MAX_LINE_BYTES
 from expert_profiler.log.log_file import LogFile
-from expert_profiler.log.scan import KIND, PHASE
+from expert_profiler.log.schema import schema
 
 # Types are given, not guessed: a guess reads the start of the file only.
-ROUTE_COLUMNS = (
-    "{type: 'VARCHAR', req_id: 'VARCHAR', token_idx: 'BIGINT', layer: 'INTEGER', "
-    "topk_ids: 'INTEGER[]', topk_weights: 'DOUBLE[]', phase: 'VARCHAR', forward_pass_id: 'BIGINT', "
-    "flag: 'VARCHAR'}"
-)
-SCAN_COLUMNS = ROUTE_COLUMNS.replace("forward_pass_id: 'BIGINT', ", "")
+_SQL_TYPES = {
+    "string": "VARCHAR",
+    "label": "VARCHAR",
+    "int16": "INTEGER",
+    "int32": "BIGINT",
+    "int64": "BIGINT",
+    "ids": "INTEGER[]",
+    "weights": "DOUBLE[]",
+}
+_COLUMNS = {field.name: _SQL_TYPES[field.kind] for field in schema.ROUTE_FIELDS}
+#: What a line is: 0 a route row with every required field, 1 another record, 2 no record.
+KIND = f"""
+(CASE WHEN type = '{schema.ROUTE}'
+           AND {" AND ".join(f"{f.name} IS NOT NULL" for f in schema.ROUTE_FIELDS if f.required)}
+      THEN 0
+      WHEN type IN ('{schema.META}', '{schema.REQUEST}', '{schema.END}') THEN 1
+      ELSE 2 END)::UTINYINT"""
+#: The code of ``phase`` in ``schema.PHASES``.
+PHASE = "(CASE phase WHEN 'prefill' THEN 0 WHEN 'decode' THEN 1 ELSE 2 END)::UTINYINT"
+#: Columns of a line as ``json_lines`` takes them: all, and those that the counting pass reads.
+LINE = {"type": "VARCHAR", **_COLUMNS}
+COUNTED_LINE = {name: kind for name, kind in LINE.items() if name != "forward_pass_id"}
 
 
-def json_source(files: Sequence[LogFile], columns: str) -> str:
-    """A table function over the lines of JSONL logs."""
+def json_lines(files: Sequence[LogFile], columns: Mapping[str, str] = LINE) -> str:
+    """A table function over the lines of JSONL logs; columns: SQL type by key."""
+    named = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
     paths = ", ".join(sql_path(file.path) for file in files)
     # A file without an end may stop inside a line: that line becomes NULL, and is counted.
     lenient = str(not all(file.finished for file in files)).lower()
     return (
-        f"read_json([{paths}], format = 'newline_delimited', columns = {columns}, "
+        f"read_json([{paths}], format = 'newline_delimited', columns = {{{named}}}, "
         f"ignore_errors = {lenient}, compression = 'uncompressed', hive_partitioning = false, "
-        f"maximum_object_size = {log_file.MAX_LINE_BYTES})"
+        f"maximum_object_size = {MAX_LINE_BYTES})"
     )
 
 
-def make_routes(files: Sequence[LogFile], weights: bool, name: str = "routes") -> str:
+def make_routes(files: Sequence[LogFile]) -> str:
     """The statement that makes the relation that ``RouteLog.query`` describes."""
-    weight_column = "topk_weights::DOUBLE[] AS topk_weights," if weights else ""
-    weight_column += " hash(topk_ids, topk_weights) AS route_hash,"
+    plain = [name for name in _COLUMNS if name not in ("phase", "flag")]
+    columns = ", ".join(f"{name}::{_COLUMNS[name]} AS {name}" for name in plain)
+    selected = f"""{columns}, {PHASE} AS phase, flag IS NOT NULL AS flagged, flag,
+          hash(topk_ids, topk_weights) AS route_hash"""
     if files[0].parts:
         paths = ", ".join(sql_path(part) for file in files for part in file.parts)
         return f"""
-            CREATE TEMP VIEW {name} AS SELECT
-              (file_index::BIGINT << 40) + file_row_number AS rowid,
-              req_id::VARCHAR AS req_id, token_idx::BIGINT AS token_idx, layer::INTEGER AS layer,
-              {PHASE} AS phase, flag IS NOT NULL AS flagged,
-              topk_ids::INTEGER[] AS topk_ids, {weight_column} forward_pass_id, flag
+            CREATE TEMP VIEW routes AS SELECT
+              (file_index::BIGINT << 40) + file_row_number AS rowid, {selected}
             FROM read_parquet([{paths}], hive_partitioning = false)"""  # noqa: S608 (paths are quoted)
     return f"""
-        CREATE TEMP TABLE {name} AS SELECT
-          req_id, token_idx, layer, {PHASE} AS phase, flag IS NOT NULL AS flagged,
-          topk_ids, {weight_column} forward_pass_id, flag
-        FROM {json_source(files, ROUTE_COLUMNS)} WHERE {KIND} = 0"""  # noqa: S608 (paths are quoted)
-
-
-def weight_source(files: Sequence[LogFile]) -> str:
-    """A relation with ``topk_ids`` and ``topk_weights`` of every route row."""
-    if files[0].parts:
-        paths = ", ".join(sql_path(part) for file in files for part in file.parts)
-        return f"read_parquet([{paths}], hive_partitioning = false)"
-    return f"(FROM {json_source(files, ROUTE_COLUMNS)} WHERE type = 'route')"
+        CREATE TEMP TABLE routes AS SELECT {selected}
+        FROM {json_lines(files)} WHERE {KIND} = 0"""  # noqa: S608 (paths are quoted)
 
 
 def sql_path(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""A log token by token: the rows of all layers of a token side by side, in the order of the text.
+# SPDX-License-Identifier: Apache-2.0
+"""Read a log token by token, in the order of the text: a token's rows of all layers together.
 
 Rows are sorted by DuckDB, which spills to disk, and come in batches, so memory does not grow with
 the log.
@@ -7,20 +8,18 @@ the log.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.log.route_log import CONTAMINATION_RUN, RouteLog
+from expert_profiler.log.route_log import RouteLog
+from expert_profiler.log.usable_rows import UNFLAGGED
+from expert_profiler.resources import program
 
 Ids: TypeAlias = "npt.NDArray[np.int16]"
-
-#: SQL conditions on ``routes`` that choose rows.
-UNFLAGGED = "NOT flagged"
-CLEAN = "NOT flagged AND rowid NOT IN (SELECT row FROM identical_runs)"
 
 # Choices (tokens x layers x K) held at a time: 24 MB of ids and weights.
 _BATCH_CHOICES = 4_000_000
@@ -31,7 +30,7 @@ class TokenBatch:
     """Tokens sorted by (request, position).
 
     request: [n] int64, 0 up, in the order in which the requests first occur in the log.
-    position: [n] int64, ``token_idx``. phase: [n] int8, index into ``reader.PHASES``.
+    position: [n] int64, ``token_idx``. phase: [n] int8, index into ``schema.PHASES``.
     ids: [n, layers, K] int16, -1 where a token has no row in a layer, and in the last columns of a
     layer with a smaller top-k. weights: [n, layers, K] float32, NaN in those places.
     """
@@ -47,26 +46,20 @@ class TokenBatch:
 
     def part(self, tokens: slice) -> TokenBatch:
         """A copy of some of the tokens."""
-        return TokenBatch(
-            self.request[tokens].copy(),
-            self.position[tokens].copy(),
-            self.phase[tokens].copy(),
-            self.ids[tokens].copy(),
-            self.weights[tokens].copy(),
-        )
+        return TokenBatch(*(getattr(self, column.name)[tokens].copy() for column in fields(self)))
 
 
-def top_ks(log: RouteLog, where: str = UNFLAGGED) -> list[int]:
+def top_ks(log: RouteLog, condition: str = UNFLAGGED) -> list[int]:
     """The number of experts that a token chooses in each of ``log.layers``; 0 without rows."""
     sizes = dict.fromkeys(log.layers, 0)
     for layer, low, high in log.query(
-        f"SELECT layer, min(len(topk_ids)), max(len(topk_ids)) FROM routes WHERE {where} "  # noqa: S608
+        f"SELECT layer, min(len(topk_ids)), max(len(topk_ids)) FROM routes WHERE {condition} "  # noqa: S608
         "GROUP BY layer"
     ):
         if low != high:
             raise UserError(
                 f"{log.path}: rows of layer {layer} have {low} to {high} expert ids; "
-                f"list all faults with: ./test.sh validate --routes {log.path}"
+                f"list all faults with: {program()} validate --routes {log.path}"
             )
         sizes[int(layer)] = int(high)
     return [sizes[layer] for layer in log.layers]
@@ -79,47 +72,26 @@ def request_names(log: RouteLog) -> list[str]:
     return [str(name) for (name,) in rows]
 
 
-def find_identical_runs(log: RouteLog) -> None:
-    """Make the table that ``CLEAN`` needs: the rows that ``log.contamination`` counts."""
-    log.query(
-        """
-        CREATE OR REPLACE TEMP TABLE identical_runs AS
-        WITH marked AS (
-          SELECT rowid AS row, layer, hash(topk_ids, topk_weights) AS route
-          FROM routes WHERE NOT flagged),
-        started AS (
-          SELECT row, layer, route IS DISTINCT FROM lag(route) OVER w AS starts
-          FROM marked WINDOW w AS (PARTITION BY layer ORDER BY row)),
-        numbered AS (
-          SELECT row, layer, sum(starts::INTEGER) OVER (PARTITION BY layer ORDER BY row) AS run
-          FROM started)
-        SELECT row FROM numbered
-        QUALIFY count(*) OVER (PARTITION BY layer, run) >= ?""",
-        [CONTAMINATION_RUN],
-    )
-
-
 def batches(
     log: RouteLog,
-    where: str = UNFLAGGED,
+    condition: str = UNFLAGGED,
     *,
-    tokens: int | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Iterator[TokenBatch]:
-    """All tokens that have a row which satisfies ``where``, once each.
+    """All tokens that have a row which satisfies ``condition``, once each.
 
     Where a (request, position, layer) comes more than once, each time is a token of its own, the
     repeats after the request's other tokens: the sums over a log are those of ``log.counts()``.
 
-    tokens: at most so many a batch; on_tokens gets the number of tokens of each batch.
+    on_tokens gets the number of tokens of each batch.
     """
-    k = max(top_ks(log, where), default=0)
+    k = max(top_ks(log, condition), default=0)
     if k == 0:
         return
     layers = np.array(log.layers)
-    size = tokens or max(1, _BATCH_CHOICES // (len(layers) * k))
+    size = max(1, _BATCH_CHOICES // (len(layers) * k))
     rest: list[npt.NDArray[Any]] | None = None
-    for columns in _sorted_rows(log, where, size * len(layers)):
+    for columns in _sorted_rows(log, condition, size * len(layers), k):
         if rest is not None:
             columns = [np.concatenate(pair) for pair in zip(rest, columns, strict=True)]
         request, repeat, position = columns[:3]
@@ -130,14 +102,14 @@ def batches(
         end = int(new[-1]) + 1 if len(new) else 0
         rest = [column[end:] for column in columns]
         if end:
-            yield from _counted(
-                _pivot([column[:end] for column in columns], new, layers, k), size, on_tokens
-            )
+            whole = _pivot([column[:end] for column in columns], new, layers, k)
+            yield from _pieces(whole, size, on_tokens)
     if rest is not None:
-        yield from _counted(_pivot(rest, np.array([len(rest[0]) - 1]), layers, k), size, on_tokens)
+        last = _pivot(rest, np.array([len(rest[0]) - 1]), layers, k)
+        yield from _pieces(last, size, on_tokens)
 
 
-def _counted(
+def _pieces(
     batch: TokenBatch, size: int, on_tokens: Callable[[int], None] | None
 ) -> Iterator[TokenBatch]:
     for start in range(0, len(batch), size):
@@ -154,23 +126,24 @@ def _order_requests(log: RouteLog) -> None:
     )
 
 
-def _sorted_rows(log: RouteLog, where: str, size: int) -> Iterator[list[npt.NDArray[Any]]]:
+def _sorted_rows(
+    log: RouteLog, condition: str, size: int, k: int
+) -> Iterator[list[npt.NDArray[Any]]]:
     """Columns request, repeat, position, layer, phase, ids [rows, K], weights [rows, K]."""
     _order_requests(log)
     # Numbering the repeats sorts everything once more: only where there are any.
     repeat = (
         "row_number() OVER (PARTITION BY req_id, token_idx, layer ORDER BY rowid) - 1"
-        if log.duplicates()
+        if log.duplicates
         else "0"
     )
-    k = max(top_ks(log, where))
     sql = f"""
         SELECT request, repeat, token_idx, layer, phase, topk_ids, topk_weights
         FROM (SELECT req_id, ({repeat})::BIGINT AS repeat, token_idx, layer, phase, topk_ids,
-                     topk_weights FROM routes WHERE {where})
+                     topk_weights FROM routes WHERE {condition})
         JOIN request_order USING (req_id)
         ORDER BY request, repeat, token_idx, layer"""  # noqa: S608 (no text from outside)
-    for chunk in log._db.sql(sql).to_arrow_reader(size):
+    for chunk in log.arrow(sql, size):
         yield _columns(chunk, k)
 
 
@@ -179,7 +152,9 @@ def _columns(chunk: Any, k: int) -> list[npt.NDArray[Any]]:
     ids, weights = chunk.column(5), chunk.column(6)
     lengths = np.diff(np.asarray(ids.offsets))
     if not np.array_equal(lengths, np.diff(np.asarray(weights.offsets))):
-        raise UserError("rows with another number of weights than expert ids; see: validate")
+        raise UserError(
+            f"rows with another number of weights than expert ids; see: {program()} validate"
+        )
     flat_ids = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int16)
     flat_weights = weights.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     if (lengths == k).all():

@@ -1,8 +1,8 @@
-"""The class of every token of a log: ``outputs.jsonl`` has the ids, the checkpoint the texts."""
+# SPDX-License-Identifier: Apache-2.0
+"""Classify every token of a log: ``outputs.jsonl`` has the ids, the checkpoint the texts."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.log import log_file
+from expert_profiler.log import outputs as run_outputs
 from expert_profiler.log.tokens import TokenBatch
 from expert_profiler.metrics import token_types
 
 #: The permutation test of a layer looks at no more tokens than this.
 SAMPLE_TOKENS = 20_000
-#: Token ids are below this in any vocabulary: the tokenizers package takes 32 bits.
-MOST_TOKENS = 1 << 31
 
 
 class UnavailableError(Exception):
-    """Why there is no token-type view; the report says it."""
+    """Token types can't be shown; the message says why, and the report repeats it."""
 
 
 def find(
@@ -38,8 +36,8 @@ def find(
     """
     if outputs is not None and not outputs.is_file():
         raise UserError(f"no file {outputs}; name the run's outputs.jsonl with --outputs")
-    texts = outputs or log.with_name("outputs.jsonl")
-    if not texts.is_file():
+    texts = outputs or run_outputs.beside(log)
+    if texts is None:
         raise UnavailableError(f"no outputs.jsonl beside {log.name}, so tokens are unknown")
     if tokenizer is not None:
         if not (tokenizer / "tokenizer.json").is_file():
@@ -53,31 +51,12 @@ def find(
     )
 
 
-def read_tokens(outputs: Path) -> dict[str, npt.NDArray[np.int64]]:
-    """prompt_token_ids + token_ids of each request."""
-    found = {}
-    with outputs.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                ids = [*record["prompt_token_ids"], *record["token_ids"]]
-                if not all(type(token) is int and 0 <= token < MOST_TOKENS for token in ids):
-                    raise ValueError("not a token id")
-                found[str(record["req_id"])] = np.array(ids, dtype=np.int64)
-            except (KeyError, RecursionError, TypeError, ValueError) as error:
-                what = f"no {error}" if isinstance(error, KeyError) else "not a request object"
-                raise log_file.bad_line_error(outputs, number, what) from None
-    return found
-
-
 class Labels:
     """Gives each token of a batch its class; keeps the first tokens for permutation tests."""
 
     def __init__(self, names: list[str], outputs: Path, tokenizer_file: Path) -> None:
         """names: the log's request ids, by request index."""
-        tokens = read_tokens(outputs)
+        tokens = run_outputs.read_tokens(outputs)
         used = np.unique(np.concatenate([*tokens.values(), np.zeros(0, dtype=np.int64)]))
         classes = token_types.token_classes(*_texts(tokenizer_file, used))
         nothing = np.zeros(0, dtype=np.int8)

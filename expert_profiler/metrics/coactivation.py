@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts are chosen together: in one layer, and from a layer to the next.
 
 ``topk_ids`` is [tokens, K], any integer dtype, the ids of a token all different. Counts of batches
@@ -33,22 +34,15 @@ def lift(pairs: Ints, tokens: int) -> Floats:
     pairs: [experts, experts] from ``pair_counts``; tokens: how many tokens it counts.
     [experts, experts] float64, 0 (never together) up, 1 where i and j are independent; NaN on the
     diagonal and where i or j was never chosen. As a token's K ids are different, a router without
-    any preference lies a little below 1, at ``even_lift``.
+    any preference lies a little below 1, at E * (K - 1) / (K * (E - 1)).
     lift(the example of pair_counts, 3)[0, 1] = 2 * 3 / (3 * 2) = 1.
     """
-    found = _lift(pairs, np.diagonal(pairs), np.diagonal(pairs), tokens)
-    np.fill_diagonal(found, np.nan)
-    return found
-
-
-def even_lift(num_experts: int, top_k: int) -> float:
-    """E * (K - 1) / (K * (E - 1)): the lift of every pair when all sets of K are as likely.
-
-    No unit, 0 (K = 1: no pairs) to 1 (K = E). even_lift(4, 2) = 4 * 1 / (2 * 3) = 0.667.
-    """
-    if num_experts == 1:
-        return float("nan")  # no pair exists
-    return num_experts * (top_k - 1) / (top_k * (num_experts - 1))
+    single = np.diagonal(pairs).astype(np.float64)
+    expected = np.outer(single, single)
+    np.fill_diagonal(expected, 0)
+    found = np.full(pairs.shape, np.nan)
+    quotient: Floats = np.divide(pairs * float(tokens), expected, out=found, where=expected != 0)
+    return quotient
 
 
 def pair_information_bits(pairs: Ints) -> float:
@@ -74,7 +68,7 @@ def pair_information_bits(pairs: Ints) -> float:
 def pair_chance_bits(pairs: Ints) -> float:
     """What ``pair_information_bits`` has by sampling alone, about: cells / (2 * ln 2 * pairs).
 
-    cells = E * (E - 1) / 2 - E, with E the experts that occur, is the number of figures that pairs
+    cells = E * (E - 1) / 2 - E, with E the experts that occur, is the number of values that pairs
     have beyond popularity. Bits; NaN without a pair. Of four experts and 100 pairs:
     2 / (2 * 0.6931 * 100) = 0.0144.
     """
@@ -112,38 +106,3 @@ def transition_counts(
         for next_column in next_topk_ids.T:
             total += np.bincount(column * next_num_experts + next_column, minlength=cells)
     return total.reshape(num_experts, next_num_experts)
-
-
-def transition_shares(transitions: Ints, next_top_k: int) -> Floats:
-    """P(j | i) = n_ij / n_i: of the tokens with i in a layer, the share with j in the next.
-
-    transitions: [experts, next experts] from ``transition_counts``; n_i = sum_j(n_ij) / K'.
-    [experts, next experts] float64, 0 to 1, each row sums to K' (``next_top_k``); NaN rows for
-    experts that were never chosen. transition_shares([[1, 1], [0, 1]], 1) = [[.5, .5], [0, 1]].
-    """
-    tokens = transitions.sum(axis=1, keepdims=True) / next_top_k
-    return _divide(transitions, tokens)
-
-
-def transition_lift(transitions: Ints, top_k: int, next_top_k: int) -> Floats:
-    """P(j | i) / P(j) = n_ij * tokens / (n_i * n_j).
-
-    [experts, next experts] float64, 0 up; 1 where the choice of i says nothing about j; NaN where
-    i or j was never chosen. transition_lift([[1, 1], [0, 1]], 1, 1)[0, 0] = 1 * 3 / (2 * 1) = 1.5.
-    """
-    tokens = transitions.sum() / (top_k * next_top_k)
-    return _lift(
-        transitions, transitions.sum(axis=1) / next_top_k, transitions.sum(axis=0) / top_k, tokens
-    )
-
-
-def _lift(pairs: Ints, left: Ids, right: Ids, tokens: float) -> Floats:
-    return _divide(pairs * float(tokens), np.outer(left.astype(np.float64), right))
-
-
-def _divide(above: Ids, below: Ids) -> Floats:
-    """above / below with NaN where below is 0."""
-    above, below = np.broadcast_arrays(above, below)
-    result = np.full(above.shape, np.nan)
-    quotient: Floats = np.divide(above, below, out=result, where=below != 0)
-    return quotient

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far two distributions over the same experts lie apart: pure functions of counts.
 
 ``a`` and ``b`` are counts, [..., experts], non-negative, of the same experts in both.

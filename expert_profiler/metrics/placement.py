@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert parallelism: how even the load of the ranks is, by where the experts lie.
 
 ``counts`` is [experts], the choices of one layer; a rank's load is the choices of the experts on

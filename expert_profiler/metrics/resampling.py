@@ -1,4 +1,5 @@
-"""How sure a figure is: resampling whole requests, because tokens of one text route alike.
+# SPDX-License-Identifier: Apache-2.0
+"""How sure a metric is: resampling whole requests, because tokens of one text route alike.
 
 ``by_request`` is [requests, ...]: counts of each request (or of each group of requests), which add
 up to the log's counts.
@@ -23,31 +24,31 @@ DRAWS = 400
 
 def bootstrap_interval(
     by_request: Array,
-    figure: Callable[[Array], float],
+    metric: Callable[[Array], float],
     *,
     bounds: tuple[float, float] = (-np.inf, np.inf),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The 95% interval of ``figure(sum of the requests' counts)``: basic bootstrap over requests.
+    """The 95% interval of ``metric(sum of the requests' counts)``: basic bootstrap over requests.
 
-    With q the quantiles of the figure over resamples of as many requests, drawn with replacement:
-    [2 * figure - q(0.975), 2 * figure - q(0.025)], kept inside ``bounds``. A resample is a little
+    With q the quantiles of the metric over resamples of as many requests, drawn with replacement:
+    [2 * metric - q(0.975), 2 * metric - q(0.025)], kept inside ``bounds``. A resample is a little
     more uneven than its source, by about as much as the log is than the traffic behind it; the
     basic interval takes that out, the percentile interval would double it.
 
-    (nan, nan) for fewer than two requests, or where the figure has no value.
+    (nan, nan) for fewer than two requests, or where the metric has no value.
     """
     n = len(by_request)
     flat = by_request.reshape(n, -1).astype(np.float64)
-    whole = figure(by_request.sum(axis=0))
+    whole = metric(by_request.sum(axis=0))
     if n < 2 or np.isnan(whole):
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     found = np.empty(draws)
     for draw in range(draws):
         times = np.bincount(rng.integers(0, n, n), minlength=n)
-        found[draw] = figure((times @ flat).reshape(by_request.shape[1:]))
+        found[draw] = metric((times @ flat).reshape(by_request.shape[1:]))
     low, high = np.nanquantile(found, [0.025, 0.975])
     return (
         float(np.clip(2 * whole - high, *bounds)),
@@ -71,8 +72,6 @@ class DivergenceTest:
     mean_observed: float
     mean_null: float
     mean_p_value: float
-    draws: int
-    paired: bool
 
 
 def divergence_test(
@@ -110,6 +109,4 @@ def divergence_test(
         mean_observed=mean,
         mean_null=float(means.mean()),
         mean_p_value=float((1 + (means >= mean - 1e-12).sum()) / (1 + draws)),
-        draws=draws,
-        paired=paired,
     )

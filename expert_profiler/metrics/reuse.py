@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a cache of offloaded experts lives on: that the next token chooses the same experts again.
 
 ``topk_ids`` is [tokens, K] of one layer, the ids of a token all different, rows sorted by (request,
@@ -37,17 +38,6 @@ def overlaps(topk_ids: Ids, pairs: npt.NDArray[np.bool_]) -> npt.NDArray[np.int6
     for column in before.T:
         shared += (after == column[:, None]).any(axis=1)
     return shared
-
-
-def next_token_reuse(topk_ids: Ids, pairs: npt.NDArray[np.bool_]) -> float:
-    """The mean over neighbouring pairs of |S_t & S_t+1| / K.
-
-    No unit, 0 (all experts change at every token) to 1 (none does); NaN without a pair. Means
-    something beside ``chance_reuse`` only.
-    next_token_reuse([[0, 1], [1, 2], [2, 1]], [True, True]) = (1/2 + 2/2) / 2 = 0.75.
-    """
-    shared = overlaps(topk_ids, pairs)
-    return float(shared.mean()) / topk_ids.shape[1] if len(shared) else float("nan")
 
 
 def chance_reuse(counts: Counts1D, tokens: int) -> float:

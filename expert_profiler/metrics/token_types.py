@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts take which kind of token: classes of token texts, and what they tell of experts.
 
 ``labels`` is [tokens] integers, the class of each token (such as codes into ``CLASSES``);
@@ -123,7 +124,7 @@ def class_lift(joint: Ids) -> Floats:
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """An observed figure beside its distribution when labels and experts are unrelated.
+    """An observed value beside its distribution when labels and experts are unrelated.
 
     p_value = (1 + draws at least as large as observed) / (1 + draws), 1 / (1 + draws) to 1.
     """

@@ -1,12 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unevenness that compares between models of different top_k and expert counts.
 
 A token chooses K *different* experts of E, so no expert can hold more than 1/K of the choices:
-the worst that a router can do is K experts for every token, the best is even use. Each figure here
+the worst that a router can do is K experts for every token, the best is even use. Each metric here
 is (plain - best) / (worst - best): 0 for even use, 1 for the worst at this K and E. All four plain
-figures are monotone in how concentrated the counts are, so nothing lies outside these two ends.
+metrics are monotone in how concentrated the counts are, so nothing lies outside these two ends.
 
 ``counts`` is [experts], of one layer or summed over layers with the same K. Where K = E there is
-one possible routing, even use, and the figures are 0.
+one possible routing, even use, and the metrics are 0.
 """
 
 from __future__ import annotations
@@ -19,25 +20,6 @@ from expert_profiler.metrics import usage
 from expert_profiler.metrics.usage import Counts1D, Floats
 
 
-def selection_rate(counts: Counts1D, top_k: int) -> Floats:
-    """q_e = K * c_e / sum(c): the share of tokens that choose expert e.
-
-    [experts] float64, 0 to 1, sum K; NaN without counts.
-    selection_rate([4, 2, 1, 1], 2) = [1, .5, .25, .25]: 4 tokens, all of them with expert 0.
-    """
-    _check(counts, top_k)
-    return top_k * usage.shares(counts)
-
-
-def relative_load(counts: Counts1D) -> Floats:
-    """r_e = E * c_e / sum(c): an expert's load in units of an even load.
-
-    [experts] float64, 0 to E/K, mean 1; NaN without counts. An expert at r = 2 is twice as busy as
-    even use would have it, at any K and E. relative_load([4, 2, 1, 1]) = [2, 1, .5, .5].
-    """
-    return len(counts) * usage.shares(counts)
-
-
 def entropy_lack(counts: Counts1D, top_k: int) -> float:
     """(log2(E) - H) / (log2(E) - log2(K)): how much of the possible entropy is missing.
 
@@ -47,15 +29,6 @@ def entropy_lack(counts: Counts1D, top_k: int) -> float:
     _check(counts, top_k)
     even = usage.max_entropy_bits(len(counts))
     return _between(usage.entropy_bits(counts), best=even, worst=math.log2(top_k))
-
-
-def normalised_entropy(counts: Counts1D, top_k: int) -> float:
-    """(H - log2(K)) / (log2(E) - log2(K)) = 1 - entropy_lack.
-
-    No unit, 0 (K experts take all) to 1 (even); equals ``metrics.normalised_entropy`` at K = 1.
-    normalised_entropy([4, 2, 1, 1], 2) = (1.75 - 1) / (2 - 1) = 0.75.
-    """
-    return 1.0 - entropy_lack(counts, top_k)
 
 
 def excess_peak(counts: Counts1D, top_k: int) -> float:
@@ -87,20 +60,6 @@ def coefficient_of_variation(counts: Counts1D, top_k: int) -> float:
     _check(counts, top_k)
     worst = math.sqrt(len(counts) / top_k - 1)
     return _between(usage.coefficient_of_variation(counts), best=0.0, worst=worst)
-
-
-def excess_share_of_top(counts: Counts1D, top_k: int, n: int) -> float:
-    """(S_n - n/E) / (min(1, n/K) - n/E), S_n the share of the n hottest experts, n = 1..E.
-
-    No unit, 0 (even) to 1 (as much as n experts can hold at this K); NaN without counts.
-    excess_share_of_top([4, 2, 1, 1], 2, 2) = (0.75 - 0.5) / (1 - 0.5) = 0.5.
-    """
-    _check(counts, top_k)
-    experts = len(counts)
-    if not 1 <= n <= experts:
-        raise ValueError(f"n is {n}, not 1 to {experts} experts")
-    share = usage.share_of_top(counts, n)
-    return _between(share, best=n / experts, worst=min(1.0, n / top_k))
 
 
 def coverage_at(counts: Counts1D, fractions: Floats) -> Floats:

@@ -1,14 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """How unevenly a router uses its experts: pure functions of counts.
 
 ``counts`` is always [experts], non-negative, one entry an expert *including* the experts that
-were never chosen; any numeric dtype. A layer without choices has no distribution, so the figures
+were never chosen; any numeric dtype. A layer without choices has no distribution, so the metrics
 that need one are NaN then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -121,23 +121,6 @@ def experts_to_cover(counts: Counts1D, share: float) -> int:
     if share <= 0 or counts.sum() == 0:
         return 0
     return int(np.searchsorted(coverage(counts), min(share, 1.0))) + 1
-
-
-def along_experts(figure: Callable[[Counts1D], float], counts: Counts1D) -> Floats:
-    """``figure`` of every layer and phase: [..., experts] counts -> [...] float64.
-
-    along_experts(gini, counts.values) is [layers, phases].
-    """
-    rows = counts.reshape(-1, counts.shape[-1])
-    return np.array([figure(row) for row in rows], dtype=np.float64).reshape(counts.shape[:-1])
-
-
-def expert_counts(topk_ids: Counts1D, num_experts: int) -> npt.NDArray[np.int64]:
-    """How often each expert occurs in ``topk_ids`` (any shape). [experts] int64.
-
-    expert_counts([[0, 2], [2, 1]], 4) = [1, 1, 2, 0].
-    """
-    return np.bincount(topk_ids.ravel(), minlength=num_experts)
 
 
 def weight_mass(topk_ids: Counts1D, topk_weights: Counts1D, num_experts: int) -> Floats:

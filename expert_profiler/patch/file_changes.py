@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Change several files or none: staged beside their targets, renamed, rolled back on failure.
 
 A file is replaced by a new one, never written in place, so its other hard
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expert_profiler.errors import UserError
+from expert_profiler.patch.patch_state import SCRIPT
 
 # Working names beside each file. They are fixed, not random, so that what a
 # killed run left behind is found and removed by the next one.
@@ -101,7 +103,7 @@ def _roll_back(
     except OSError as error:
         raise UserError(
             f"writing failed, and so did undoing it at {error.filename}: {error.strerror}; "
-            "run: ./apply_patch.sh check"
+            f"run: {SCRIPT} check"
         ) from error
 
 

@@ -1,7 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patch file: a strict parser, and hunks applied without fuzz or offset.
 
-Git writes the blob id before and after into every file section, so the patch
-is its own manifest. Pure functions on bytes; standard library only.
+Git writes the blob id before and after into every file section, so the patch is its own manifest.
 """
 
 from __future__ import annotations
@@ -9,10 +9,18 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from expert_profiler.errors import UserError
+from expert_profiler.errors import IN_CHECKOUT, UserError
+from expert_profiler.resources import PATCH
 
 NO_BLOB = "0" * 40
+#: What brings a patch back that is not as it was made.
+MENDED_BY = (
+    "run: git checkout or tools/export_patch.py"
+    if IN_CHECKOUT
+    else "run: pip install --force-reinstall --no-deps vllm-expert-profiler"
+)
 
 _BASE = re.compile(rb"^Base: vllm (\S+)$", re.MULTILINE)
 _DIFF = re.compile(rb"diff --git a/(\S+) b/(\S+)")
@@ -59,6 +67,21 @@ class Patch:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def load_patch(path: Path | None = None) -> Patch:
+    """Read and verify a patch file; the project's own by default."""
+    path = PATCH if path is None else path
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the patch {path}: {error.strerror}; {MENDED_BY}") from error
+    return parse_patch(data, str(path))
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def blob_id(content: bytes) -> str:
     """The id that git gives to a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -77,21 +100,20 @@ def parse_patch(data: bytes, name: str = "patch") -> Patch:
     header = b"\n".join(parser.lines[: parser.at])
     base = _BASE.search(header)
     if base is None:
-        raise UserError(f"{name} has no line 'Base: vllm VERSION'; run: tools/export_patch.py")
+        raise UserError(f"{name} has no line 'Base: vllm VERSION'; {MENDED_BY}")
     files: list[FileChange] = []
     while parser.line is not None:
         files.append(parser.section())
     if not files:
-        raise UserError(f"{name} holds no file section; run: tools/export_patch.py")
+        raise UserError(f"{name} holds no file section; {MENDED_BY}")
     paths = [f.path for f in files]
     for path in paths:
         if paths.count(path) > 1:
-            raise UserError(f"{name} has two sections for {path}; run: tools/export_patch.py")
+            raise UserError(f"{name} has two sections for {path}; {MENDED_BY}")
     for file in files:
         if file.before is None and blob_id(transformed(b"", file)) != file.after:
             raise UserError(
-                f"{name} is damaged: the lines of {file.path} do not give its blob id; "
-                "run: tools/export_patch.py"
+                f"{name} is damaged: the lines of {file.path} do not give its blob id; {MENDED_BY}"
             )
     return Patch(name, base.group(1).decode(), tuple(files))
 
@@ -110,10 +132,7 @@ class _Parser:
         return self.lines[self.at] if self.at < len(self.lines) else None
 
     def fail(self, what: str) -> UserError:
-        return UserError(
-            f"{self.name} is damaged at line {self.at + 1}: {what}; "
-            "run: git checkout or tools/export_patch.py"
-        )
+        return UserError(f"{self.name} is damaged at line {self.at + 1}: {what}; {MENDED_BY}")
 
     def expect(self, literal: bytes) -> None:
         if self.line != literal:

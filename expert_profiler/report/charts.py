@@ -1,4 +1,5 @@
-"""The pictures of a report and a comparison, drawn without pyplot: no display, no global state.
+# SPDX-License-Identifier: Apache-2.0
+"""Draw lines, bars and heat maps for report and comparison, without pyplot's global state.
 
 Colours run from light (little) to dark (much), so that they read in greyscale; lines differ by
 marker and dash besides colour, bars by hatching.
@@ -40,12 +41,16 @@ STYLES: tuple[tuple[str, str, Any, str], ...] = (
 
 @dataclass(frozen=True)
 class Series:
-    """One line or one set of bars. y, low, high: [points]; low and high draw a band."""
+    """One line or one set of bars. y, low, high, x: [points].
+
+    low and high draw a band; x: the line's own, where lines differ in it.
+    """
 
     label: str
     y: Array
     low: Array | None = None
     high: Array | None = None
+    x: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,6 @@ class Grid:
     x: str
     y: str
     rows: Sequence[object] | None = None  # labels of the rows; None: their numbers
-    columns: Sequence[object] | None = None
     most_columns: int = 26  # labelled ones; half a page has room for 11
 
 
@@ -91,27 +95,28 @@ def lines(
     """Lines with markers where there are few points."""
     for style, one in zip(STYLES, series, strict=False):
         colour, marker, dash, _ = style
+        at = x if one.x is None else one.x
         axes.plot(
-            x,
+            at,
             one.y,
             color=colour,
             linestyle=dash,
             linewidth=1.6,
             marker=marker,
             markersize=4.5,
-            markevery=max(1, len(x) // 12),
+            markevery=max(1, len(at) // 12),
             markerfacecolor="white",
             label=one.label,
         )
         if one.low is not None and one.high is not None:
-            axes.fill_between(x, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
-            if len(x) == 1:  # a band has no width then
-                axes.vlines(x, one.low, one.high, color=colour, linewidth=3, alpha=0.4)
+            axes.fill_between(at, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
+            if len(at) == 1:  # a band has no width then
+                axes.vlines(at, one.low, one.high, color=colour, linewidth=3, alpha=0.4)
     if bottom is not None:
         axes.margins(y=0.08)
         axes.set_ylim(bottom=bottom)
-    dress(axes, title, xlabel, ylabel)
-    legend(axes)
+    _label_axes(axes, title, xlabel, ylabel)
+    _legend(axes)
 
 
 def bars(
@@ -142,8 +147,8 @@ def bars(
         if one.low is not None:
             axes.hlines(one.low, at - width * 0.46, at + width * 0.46, color=_INK, linewidth=2)
     axes.set_xticks(places, [str(group) for group in groups])
-    dress(axes, title, xlabel, ylabel)
-    legend(axes)
+    _label_axes(axes, title, xlabel, ylabel)
+    _legend(axes)
 
 
 def heat_map(
@@ -177,8 +182,8 @@ def heat_map(
         interpolation="nearest",
         origin="upper",
     )
-    dress(axes, grid.title, grid.x, grid.y, grid=False)
-    _ticks(axes.xaxis, grid.columns, grid.values.shape[1], grid.most_columns)
+    _label_axes(axes, grid.title, grid.x, grid.y, grid=False)
+    _ticks(axes.xaxis, None, grid.values.shape[1], grid.most_columns)
     _ticks(axes.yaxis, grid.rows, grid.values.shape[0], 22)
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.05, extend=extend)
     bar.set_label(unit, size=_TEXT, color=_INK)
@@ -187,7 +192,7 @@ def heat_map(
         bar.set_ticks(list(ticks), labels=list(ticks.values()))
 
 
-def dress(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
+def _label_axes(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
     axes.set_title(title, size=_TEXT + 1.5, color=_INK, loc="left", parse_math=False, wrap=True)
     axes.set_xlabel(xlabel, size=_TEXT, color=_INK, parse_math=False)
     axes.set_ylabel(ylabel, size=_TEXT, color=_INK, parse_math=False)
@@ -198,8 +203,8 @@ def dress(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend(axes: Axes) -> None:
-    """Under the panel, where no line can run through it, and not wider than the panel."""
+def _legend(axes: Axes) -> None:
+    """Put the legend under the panel, where no line runs through it, and not wider than that."""
     labels = axes.get_legend_handles_labels()[1]
     columns = 4 if len(axes.figure.axes) == 1 else 2 if max(map(len, labels)) <= 30 else 1
     found = axes.legend(

@@ -1,4 +1,5 @@
-"""The figures of a comparison: pure on counts, after the logs are read."""
+# SPDX-License-Identifier: Apache-2.0
+"""Compare logs: the content of ``compare.json`` and the console's summary."""
 
 from __future__ import annotations
 
@@ -13,27 +14,26 @@ import numpy.typing as npt
 from expert_profiler.errors import UserError
 from expert_profiler.log import tokens
 from expert_profiler.log.route_log import open_log
-from expert_profiler.log.token_counts import Gathered, gather
+from expert_profiler.log.token_counts import TokenCounts, count_tokens
 from expert_profiler.metrics import divergence, resampling, topk_normalised, usage
-from expert_profiler.report import report_data, summary
+from expert_profiler.report import log_metrics, report_data
 
 SCHEMA = 1
 Array = npt.NDArray[Any]
 
-#: The figures that compare between any two models, with their names for people.
-NORMALISED = {
-    "topk_entropy_lack": "lack of entropy (0 even to 1)",
-    "topk_excess_peak": "excess peak (0 even to 1)",
-    "topk_gini": "Gini (0 even to 1)",
-    "topk_coefficient_of_variation": "coefficient of variation (0 even to 1)",
-}
-PLAIN = {
+#: The metrics that are shown for every run, with their names for people.
+METRICS = {
     "entropy_bits": "entropy (bits)",
     "normalised_entropy": "normalised entropy (0 to 1 = even)",
     "effective_experts": "effective experts (experts)",
     "max_over_mean": "max / mean (1 = even)",
     "share_of_hottest_tenth": "share of the hottest tenth (0 to 1)",
     "never_used": "never used (experts a layer)",
+    # These compare between any two models.
+    "topk_entropy_lack": "top-k-normalised lack of entropy (0 even to 1)",
+    "topk_excess_peak": "top-k-normalised excess peak (0 even to 1)",
+    "topk_gini": "top-k-normalised Gini (0 even to 1)",
+    "topk_coefficient_of_variation": "top-k-normalised coefficient of variation (0 even to 1)",
 }
 
 
@@ -42,7 +42,7 @@ class Run:
     """One log. requests: ``req_id`` by request index; left_out: rows in runs of identical rows."""
 
     name: str
-    found: Gathered
+    counts: TokenCounts
     requests: list[str]
     facts: dict[str, Any]
     verdict: dict[str, Any]
@@ -51,32 +51,24 @@ class Run:
     def groups(self, phase: str) -> Array:
         """[groups, layers, experts] choices of one phase, or of all."""
         if phase == "all":
-            return self.found.layer_groups
-        if phase not in self.found.phases:
+            return self.counts.layer_groups
+        if phase not in self.counts.phases:
             raise UserError(f"{self.name} has no {phase} rows; leave --phase out")
-        return np.asarray(self.found.by_group[:, :, self.found.phases.index(phase)])
-
-    @property
-    def shape(self) -> tuple[tuple[int, ...], int]:
-        return self.found.layers, self.found.num_experts
+        return np.asarray(self.counts.by_group[:, :, self.counts.phases.index(phase)])
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Count one log; rows in long runs of identical rows are left out where others remain."""
-    with open_log(path, weights=True) as log:
-        left_out = log.contamination.rows
-        if left_out == log.num_rows:
-            left_out = 0
-        if left_out:
-            tokens.find_identical_runs(log)
-        found = gather(log, tokens.CLEAN if left_out else tokens.UNFLAGGED)
+    """Count the usable rows of one log."""
+    with open_log(path) as log:
+        rows = log.usable_rows()
+        counts = count_tokens(log, rows.condition)
         return Run(
             name,
-            found,
+            counts,
             tokens.request_names(log),
-            report_data.run_facts(log, found),
+            report_data.run_facts(log, counts),
             report_data.verdict(log),
-            left_out,
+            rows.identical,
         )
 
 
@@ -95,31 +87,31 @@ def compared(runs: list[Run], phase: str = "all") -> dict[str, Any]:
 
 
 def against(a: Run, b: Run, phase: str) -> dict[str, Any]:
-    """b beside a, expert by expert, on the layers that both have; only normalised otherwise."""
+    """Compare b with a: expert by expert on the layers of both, if they have as many experts."""
     answer: dict[str, Any] = {"a": a.name, "b": b.name}
-    if a.found.num_experts != b.found.num_experts:
+    if a.counts.num_experts != b.counts.num_experts:
         return answer | {
             "expert_by_expert": False,
-            "why_not": f"{a.name} has {a.found.num_experts} experts a layer, {b.name} "
-            f"{b.found.num_experts}",
+            "why_not": f"{a.name} has {a.counts.num_experts} experts a layer, {b.name} "
+            f"{b.counts.num_experts}",
         }
-    layers = [layer for layer in a.found.layers if layer in b.found.layers]
+    layers = [layer for layer in a.counts.layers if layer in b.counts.layers]
     if not layers:
         return answer | {"expert_by_expert": False, "why_not": "no layer is in both logs"}
     one, two = (
-        run.groups(phase)[:, [run.found.layers.index(layer) for layer in layers]] for run in (a, b)
+        run.groups(phase)[:, [run.counts.layers.index(layer) for layer in layers]] for run in (a, b)
     )
     order = _pairing(a, b, one, two)
     if order is not None:
         two = two[order]
     test = resampling.divergence_test(one, two, paired=order is not None)
     p, q = one.sum(axis=0), two.sum(axis=0)
-    n = summary.hottest(a.found.num_experts)
+    n = log_metrics.hottest(a.counts.num_experts)
     return answer | {
         "expert_by_expert": True,
         "layers": layers,
         "same_model": a.facts.get("model_id") == b.facts.get("model_id"),
-        "paired_by_request": test.paired,
+        "paired_by_request": order is not None,
         "js_divergence_bits": test.observed,
         "js_divergence_by_chance_bits": test.null_mean,
         "js_divergence_by_chance_p95_bits": test.null_p95,
@@ -155,20 +147,20 @@ def coverage_by_fraction(run: Run, phase: str, fractions: Array) -> Array:
 
 
 def _described(run: Run, phase: str) -> dict[str, Any]:
-    counts = run.groups(phase).sum(axis=0)
-    entries = [
-        {"layer": layer, "all": summary.of_counts(row, top_k)}
-        for layer, row, top_k in zip(run.found.layers, counts, run.found.top_k, strict=True)
-    ]
     groups = run.groups(phase)
+    counts = groups.sum(axis=0)
+    entries = [
+        {"layer": layer, "all": log_metrics.distribution_metrics(row, top_k)}
+        for layer, row, top_k in zip(run.counts.layers, counts, run.counts.top_k, strict=True)
+    ]
     return {
         "name": run.name,
         "verdict": run.verdict,
         "run": run.facts,
         "rows_in_identical_runs_left_out": run.left_out,
-        "mean_over_layers": summary.mean_over_layers(entries),
+        "mean_over_layers": log_metrics.mean_over_layers(entries),
         "normalised_entropy_ci95": resampling.bootstrap_interval(
-            groups, summary.layer_mean(usage.normalised_entropy), bounds=(0, 1)
+            groups, log_metrics.layer_mean(usage.normalised_entropy), bounds=(0, 1)
         ),
         "layers": entries,
     }
@@ -180,13 +172,12 @@ def table(data: dict[str, Any]) -> str:
     rows: list[tuple[str, list[str]]] = [
         ("", [run["name"] for run in runs]),
         ("verdict", [run["verdict"]["verdict"] for run in runs]),
-        ("layers x experts, top-k", [_shape(run["run"]) for run in runs]),
+        ("layers x experts, top-k", [shape(run["run"]) for run in runs]),
         ("rows", [f"{run['run']['rows']:,}" for run in runs]),
     ]
-    for name, label in (PLAIN | NORMALISED).items():
-        prefix = "top-k-normalised " if name in NORMALISED else ""
+    for name, label in METRICS.items():
         values = [run["mean_over_layers"].get(name, math.nan) for run in runs]
-        rows.append((prefix + label, ["-" if math.isnan(v) else f"{v:.4g}" for v in values]))
+        rows.append((label, ["-" if math.isnan(v) else f"{v:.4g}" for v in values]))
     first = max(len(label) for label, _ in rows) + 2
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(runs))]
     lines = [
@@ -209,6 +200,7 @@ def sentence(found: dict[str, Any]) -> str:
     )
 
 
-def _shape(run: dict[str, Any]) -> str:
+def shape(run: dict[str, Any]) -> str:
+    """Layers x experts, top-k."""
     top_k = "/".join(map(str, run["top_k"]))
     return f"{len(run['layers'])} x {run['experts']}, {top_k}"

@@ -1,9 +1,9 @@
-"""The expert histogram. Drawn without pyplot: no display, no global state."""
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the expert histogram, without pyplot's global state."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import textwrap
 import threading
 from collections.abc import Sequence
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.errors import UserError
-from expert_profiler.log.findings import Counts
+from expert_profiler import files
+from expert_profiler.log.expert_counts import Counts
 from expert_profiler.metrics import usage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from expert_profiler.log.route_log import RouteLog
 
 _WIDTH = 13.0  # inches
 _PLOT_HEIGHT = 5.0
@@ -76,11 +78,22 @@ def expert_histogram(
     return figure
 
 
+def of_log(log: RouteLog, counts: Counts) -> Figure:
+    """The histogram of some of a log's counts, with what speaks against them above it."""
+    return expert_histogram(
+        counts,
+        model_id=log.meta.model_id,
+        requests=log.requests,
+        id_space=log.meta.raw.get("expert_ids"),
+        cautions=log.lost_rows + log.suspicions,
+    )
+
+
 def load_ahead() -> None:
     """Import matplotlib, half a second's work, while something else is waited for."""
 
     def load() -> None:
-        # Who draws imports it again, and then hears of an error.
+        # Drawing imports it again, and that import's error reaches the user.
         with contextlib.suppress(ImportError):
             import matplotlib.backends.backend_agg
             import matplotlib.figure  # noqa: F401
@@ -90,20 +103,8 @@ def load_ahead() -> None:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write the figure whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with files.replacing(path) as scratch:
         figure.savefig(scratch, format="png")
-        scratch.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def listed(ids: Sequence[int], limit: int = 12) -> str:
-    """1, 2, 3 and 4 more."""
-    shown = ", ".join(map(str, ids[:limit]))
-    return shown if len(ids) <= limit else f"{shown} and {len(ids) - limit} more"
 
 
 def _bars(axes: Axes, counts: Counts) -> None:
@@ -143,7 +144,7 @@ def _bars(axes: Axes, counts: Counts) -> None:
     axes.set_ylim(0, peak * 1.28)  # room for the labels of _mark_top
     axes.set_xlim(-0.8, experts - 0.2)
     _mark_top(axes, counts.per_expert, base)
-    _dress(axes, experts, float(total))
+    _scale_axes(axes, experts, float(total))
 
 
 def _mark_top(axes: Axes, per_expert: npt.NDArray[np.int64], heights: Any) -> None:
@@ -193,7 +194,7 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
     return [min(max(x, first), last) + rank * gap for rank, x in enumerate(flat)]
 
 
-def _dress(axes: Axes, experts: int, total: float) -> None:
+def _scale_axes(axes: Axes, experts: int, total: float) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
     step = next(step for step in (1, 5, 10, 20, 50, 100, 500, 10**6) if experts / step <= 33)

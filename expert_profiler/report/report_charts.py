@@ -1,4 +1,5 @@
-"""The report's pictures: each answers the question in its title."""
+# SPDX-License-Identifier: Apache-2.0
+"""Draw the report's charts: each answers the question in its title."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from expert_profiler.log.token_counts import Gathered
+from expert_profiler.log.token_counts import TokenCounts
 from expert_profiler.metrics import coactivation, resampling, token_types, usage
 from expert_profiler.report import charts
 from expert_profiler.report.charts import Grid, Series
@@ -23,7 +24,7 @@ Array = npt.NDArray[Any]
 FEWEST_EXPECTED = 5
 
 
-def load_maps(found: Gathered) -> list[tuple[str, Figure]]:
+def load_maps(found: TokenCounts) -> list[tuple[str, Figure]]:
     """(phase, heat map of every layer's load) on one scale for all phases."""
     with np.errstate(divide="ignore", invalid="ignore"):
         loads = {
@@ -49,8 +50,9 @@ def load_maps(found: Gathered) -> list[tuple[str, Figure]]:
     return maps
 
 
-def evenness(found: Gathered, entries: Sequence[dict[str, Any]], band: Array | None) -> Figure:
-    """Entropy and peak load by layer. band: [2, layers], 95% interval of the entropy."""
+def evenness(found: TokenCounts, entries: Sequence[dict[str, Any]]) -> Figure:
+    """Entropy, with its 95% interval, and peak load by layer."""
+    band = _interval_of_entropy(found)
     figure, [left, right] = charts.new_figure(3.7, 2)
     parts = [(p, _phase(p)) for p in found.phases] if len(found.phases) > 1 else []
     parts.append(("all", "all rows"))
@@ -80,7 +82,7 @@ def evenness(found: Gathered, entries: Sequence[dict[str, Any]], band: Array | N
     return figure
 
 
-def coverage(found: Gathered) -> Figure:
+def coverage(found: TokenCounts) -> Figure:
     """The share of the load on the n hottest experts: mean and range over layers."""
     figure, [axes] = charts.new_figure(3.9)
     n = np.arange(found.num_experts + 1)
@@ -100,17 +102,15 @@ def coverage(found: Gathered) -> Figure:
     return figure
 
 
-def together(found: Gathered, entries: Sequence[dict[str, Any]]) -> tuple[Figure, int]:
-    """Co-activation by layer and the map of the layer with most; the number of that layer."""
+def together(
+    found: TokenCounts, entries: Sequence[dict[str, Any]]
+) -> tuple[Figure, int] | tuple[None, None]:
+    """Co-activation by layer and the map of the layer with most; that layer. None: no pairs."""
     number = _furthest(entries, "coactivation_bits")
+    if number is None:
+        return None, None
     pairs, tokens = found.pairs[number], int(found.rows[number].sum())
     single = np.diagonal(pairs).astype(float)
-    figure, [left, right] = charts.new_figure(4.3, 2, (1, 1.25))
-    _information(
-        left, found.layers, entries, "coactivation_bits",
-        "pairs of experts beyond their popularity", "Do experts go in fixed teams?",
-        "information in pairs (bits)",
-    )  # fmt: skip
     grid = Grid(
         f"Layer {found.layers[number]}: chosen together more often than by chance?",
         _log_lift(coactivation.lift(pairs, tokens), np.outer(single, single) / tokens),
@@ -118,19 +118,18 @@ def together(found: Gathered, entries: Sequence[dict[str, Any]]) -> tuple[Figure
         "expert (id)",
         most_columns=11,
     )
-    _lift_map(figure, right, grid)
-    return figure, number
-
-
-def transitions(found: Gathered, entries: Sequence[dict[str, Any]]) -> tuple[Figure, int]:
-    """Information from layer to layer and the map of the strongest step; its first layer."""
-    number = _furthest(entries, "transition_bits")
-    figure, [left, right] = charts.new_figure(4.3, 2, (1, 1.25))
-    _information(
-        left, found.layers[:-1], entries, "transition_bits",
-        "expert here and in the next layer", "Does a layer foretell the next?",
-        "mutual information (bits)",
+    figure = _information_and_map(
+        entries, "coactivation_bits", "pairs of experts beyond their popularity", grid,
+        title="Do experts go in fixed teams?", ylabel="information in pairs (bits)",
     )  # fmt: skip
+    return figure, found.layers[number]
+
+
+def transitions(found: TokenCounts, entries: Sequence[dict[str, Any]]) -> Figure | None:
+    """Information from layer to layer and the map of the strongest step; None: one layer alone."""
+    number = _furthest(entries, "transition_bits")
+    if number is None:
+        return None
     here, there = found.layers[number], found.layers[number + 1]
     grid = Grid(
         f"From layer {here} to {there}: more often than by chance?",
@@ -139,11 +138,13 @@ def transitions(found: Gathered, entries: Sequence[dict[str, Any]]) -> tuple[Fig
         f"expert in layer {here} (id)",
         most_columns=11,
     )
-    _lift_map(figure, right, grid)
-    return figure, number
+    return _information_and_map(
+        entries, "transition_bits", "expert here and in the next layer", grid,
+        title="Does a layer foretell the next?", ylabel="mutual information (bits)",
+    )  # fmt: skip
 
 
-def caching(found: Gathered, entries: Sequence[dict[str, Any]]) -> Figure:
+def caching(found: TokenCounts, entries: Sequence[dict[str, Any]]) -> Figure:
     """Next-token reuse by layer, and the cache curve."""
     figure, [left, right] = charts.new_figure(3.9, 2)
     names = [p for p in found.phases if any(not math.isnan(_reuse(e, p)) for e in entries)]
@@ -209,9 +210,10 @@ def parallel(entries: Sequence[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def token_map(found: Gathered, tests: Sequence[token_types.PermutationTest], number: int) -> Figure:
-    """What the token's class tells of the expert: by layer, and who takes what in one layer."""
-    assert found.joint is not None  # noqa: S101
+def token_map(found: TokenCounts, tests: Sequence[token_types.PermutationTest]) -> Figure:
+    """Information of class and expert by layer, and the map of the layer where it is surest."""
+    number = int(np.argmax([np.nan_to_num(test.observed - test.null_p95) for test in tests]))
+    assert found.joint is not None  # noqa: S101 (there is a test)
     figure, [left, right] = charts.new_figure(3.9, 2, (1, 1.5))
     charts.lines(
         left,
@@ -239,26 +241,26 @@ def token_map(found: Gathered, tests: Sequence[token_types.PermutationTest], num
     return figure
 
 
-def _information(
-    axes: Any,
-    layers: Sequence[int],
-    entries: Sequence[dict[str, Any]],
-    name: str,
-    label: str,
-    title: str,
-    ylabel: str,
-) -> None:
+def _information_and_map(
+    entries: Sequence[dict[str, Any]], name: str, label: str, grid: Grid, **texts: str
+) -> Figure:
+    """An information by layer, beside what sampling alone gives, and a map of lifts."""
+    figure, [left, right] = charts.new_figure(4.3, 2, (1, 1.25))
     known = [entry for entry in entries if name in entry]
-    floor = name.replace("_bits", "_chance_bits")
-    charts.lines(
-        axes, layers,
-        [
-            Series(label, np.array([entry[name] for entry in known])),
-            Series("by sampling alone", np.array([entry[floor] for entry in known])),
-        ],
-        title=title, xlabel="layer (index)", ylabel=ylabel, bottom=0,
-    )  # fmt: skip
-    charts.by_layer_axis(axes, layers)
+    layers = [entry["layer"] for entry in known]
+    series = [
+        Series(text, np.array([entry[key] for entry in known]))
+        for text, key in ((label, name), ("by sampling alone", _floor(name)))
+    ]
+    charts.lines(left, layers, series, xlabel="layer (index)", bottom=0, **texts)
+    charts.by_layer_axis(left, layers)
+    _lift_map(figure, right, grid)
+    return figure
+
+
+def _floor(name: str) -> str:
+    """The metric that says what sampling alone gives."""
+    return name.replace("_bits", "_chance_bits")
 
 
 def _lift_map(figure: Figure, axes: Any, grid: Grid) -> None:
@@ -281,10 +283,11 @@ def _log_lift(lift: Array, expected: Array) -> Array:
     return np.where(expected >= FEWEST_EXPECTED, log, np.nan)
 
 
-def _furthest(entries: Sequence[dict[str, Any]], name: str) -> int:
-    """The entry that is furthest above what sampling alone gives."""
-    floor = name.replace("_bits", "_chance_bits")
-    above = [entry[name] - entry[floor] if name in entry else -math.inf for entry in entries]
+def _furthest(entries: Sequence[dict[str, Any]], name: str) -> int | None:
+    """The entry that is furthest above what sampling alone gives; None where none has a value."""
+    if all(math.isnan(entry.get(name, math.nan)) for entry in entries):
+        return None
+    above = [entry[name] - entry[_floor(name)] if name in entry else -math.inf for entry in entries]
     return int(np.argmax(np.nan_to_num(above, nan=-math.inf)))
 
 
@@ -296,7 +299,7 @@ def _phase(name: str) -> str:
     return {"unknown": "phase not recorded", "all": "all rows"}.get(name, name)
 
 
-def interval_of_entropy(found: Gathered) -> Array | None:
+def _interval_of_entropy(found: TokenCounts) -> Array | None:
     """[2, layers]: the 95% bootstrap interval of each layer's normalised entropy."""
     if len(found.by_group) < 2:
         return None

@@ -1,4 +1,5 @@
-"""What a report says, from an opened log: one dictionary for ``report.json``, and the counts."""
+# SPDX-License-Identifier: Apache-2.0
+"""Collect the content of ``report.json`` from an opened log, with the counts behind it."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ import numpy as np
 
 from expert_profiler.log import tokens, vocabulary
 from expert_profiler.log.route_log import RouteLog
-from expert_profiler.log.token_counts import Gathered, gather
-from expert_profiler.metrics import coactivation, placement, resampling, token_types, usage
-from expert_profiler.report import summary
+from expert_profiler.log.token_counts import TokenCounts, count_tokens
+from expert_profiler.metrics import coactivation, resampling, token_types, usage
+from expert_profiler.report import log_metrics
 
 SCHEMA = 1
 PERMUTATIONS = 100
@@ -28,14 +29,17 @@ _HEADER_FACTS = (
 
 
 @dataclass(frozen=True)
-class Collected:
-    """data: the content of ``report.json``. found: the counts behind it, which leave out rows in
-    long runs of identical rows; contaminated: the counts with those rows, where there are any.
-    tests: one a layer, where token classes are known."""
+class ReportData:
+    """What a report shows.
+
+    data: the content of ``report.json``; counts: those of the usable rows, behind it;
+    with_identical: the counts with the rows in long runs of identical rows, where ``counts`` leaves
+    some out; tests: one a layer, where token classes are known.
+    """
 
     data: dict[str, Any]
-    found: Gathered
-    contaminated: Gathered | None
+    counts: TokenCounts
+    with_identical: TokenCounts | None
     tests: list[token_types.PermutationTest]
 
 
@@ -45,61 +49,43 @@ def collect(
     outputs: Path | None = None,
     tokenizer: Path | None = None,
     on_tokens: Progress | None = None,
-) -> Collected:
-    """Read the log (opened with its weights) and compute every figure."""
+) -> ReportData:
+    """Count the log and compute every metric."""
     labels, without_types = _labels(log, outputs, tokenizer)
-    contaminated, found = None, None
-    if log.contamination.rows:
-        tokens.find_identical_runs(log)
-        contaminated = gather(log, on_tokens=on_tokens)
-        if log.contamination.rows < log.num_rows:
-            found = gather(
-                log,
-                tokens.CLEAN,
-                classes=len(token_types.CLASSES),
-                labels=labels,
-                on_tokens=on_tokens,
-            )
-    if found is None:
-        found = contaminated or gather(
-            log, classes=len(token_types.CLASSES), labels=labels, on_tokens=on_tokens
-        )
-    if contaminated is found:
-        contaminated = None  # nothing would be left without them
+    rows = log.usable_rows()
+    with_identical = None
+    if rows.identical:
+        unflagged = log.usable_rows(include_identical=True)
+        with_identical = count_tokens(log, unflagged.condition, on_tokens=on_tokens)
+    found = count_tokens(
+        log,
+        rows.condition,
+        classes=len(token_types.CLASSES),
+        labels=labels,
+        on_tokens=on_tokens,
+    )
     tests = _tests(found, labels) if labels is not None and found.joint is not None else []
-    entries = summary.by_layer(found)
-    parallel = summary.expert_parallel(found)
-    ranks = summary.key_ranks(found.num_experts)
-    where = tokens.UNFLAGGED if contaminated is None else tokens.CLEAN
+    entries = log_metrics.by_layer(found)
+    parallel = log_metrics.expert_parallel(found)
     data = {
         "schema": SCHEMA,
         "verdict": verdict(log),
         "run": run_facts(log, found),
-        "key_figures": summary.key_figures(found, parallel),
-        "identical_rows": _identical(log, contaminated),
+        "key_figures": log_metrics.key_metrics(found, parallel),
+        "identical_rows": _identical(log, with_identical),
         "mean_over_layers": {
-            part: summary.mean_over_layers(entries, part) for part in ("all", *found.phases)
+            part: log_metrics.mean_over_layers(entries, part) for part in ("all", *found.phases)
         },
-        "all_layers_added_up": summary.of_counts(found.per_layer.sum(axis=0), 0),
+        "all_layers_added_up": log_metrics.distribution_metrics(found.per_layer.sum(axis=0), 0),
         "layers": entries,
-        "prefill_decode_divergence_bits": summary.phase_divergence(found),
-        "prefill_decode_divergence_floor_bits": summary.phase_floor(found),
+        "prefill_decode_divergence_bits": log_metrics.phase_divergence(found),
+        "prefill_decode_divergence_floor_bits": log_metrics.phase_floor(found),
         "expert_parallel": parallel,
-        "expert_parallel_by_pass": {
-            "ranks": ranks,
-            **{
-                name: pass_balance(log, where, place(found.num_experts, ranks), ranks)
-                for name, place in (
-                    ("linear", placement.linear),
-                    ("round robin", placement.round_robin),
-                )
-                if ranks
-            },
-        },
+        "expert_parallel_by_pass": _by_pass(log, rows.condition, found.num_experts),
         "cache": _cache(found),
         "coactivation_top_pairs": _top_pairs(found),
         "hot_experts": hot_experts(found),
-        "never_used_experts": dead_experts(found),
+        "never_used_experts": never_used_experts(found),
         "token_types": _token_types(found, tests, without_types),
         "counts": {
             "axes": ["layer", "phase", "expert"],
@@ -113,19 +99,13 @@ def collect(
             "bootstrap": f"basic, 95%, {resampling.DRAWS} draws over groups of requests",
         },
     }
-    return Collected(data, found, contaminated, tests)
+    return ReportData(data, found, with_identical, tests)
 
 
 def verdict(log: RouteLog) -> dict[str, Any]:
-    """pass: complete and self-checked; fail: rows are lost; doubtful: anything else."""
-    if log.lost_rows:
-        word = "fail"
-    elif log.suspicions or log.end is None or log.end.self_check != "pass":
-        word = "doubtful"
-    else:
-        word = "pass"
+    """The verdict on the log and its reasons, for ``report.json`` and ``compare.json``."""
     return {
-        "verdict": word,
+        "verdict": log.verdict,
         "self_check": log.end.self_check if log.end is not None else "absent",
         "lost_rows": log.lost_rows,
         "suspicions": log.suspicions,
@@ -133,7 +113,16 @@ def verdict(log: RouteLog) -> dict[str, Any]:
     }
 
 
-def pass_balance(log: RouteLog, where: str, rank_of: Any, ranks: int) -> float:
+def _by_pass(log: RouteLog, condition: str, num_experts: int) -> dict[str, Any]:
+    ranks = log_metrics.key_ranks(num_experts)
+    found: dict[str, Any] = {"ranks": ranks}
+    if ranks:
+        for name, place in log_metrics.FIXED.items():
+            found[name] = pass_balance(log, condition, place(num_experts, ranks), ranks)
+    return found
+
+
+def pass_balance(log: RouteLog, condition: str, rank_of: Any, ranks: int) -> float:
     """Balance when every forward pass waits for its busiest rank in every layer.
 
     sum of mean / sum of max over (pass, layer), of the choices of each rank's experts. rank_of:
@@ -147,7 +136,7 @@ def pass_balance(log: RouteLog, where: str, rank_of: Any, ranks: int) -> float:
           SELECT sum(n) AS total, max(n) AS busiest FROM (
             SELECT forward_pass_id, layer, ([{places}])[id + 1] AS rank, count(*) AS n
             FROM (SELECT forward_pass_id, layer, unnest(topk_ids) AS id FROM routes
-                  WHERE {where} AND forward_pass_id IS NOT NULL)
+                  WHERE {condition} AND forward_pass_id IS NOT NULL)
             GROUP BY ALL)
           GROUP BY forward_pass_id, layer)""",  # noqa: S608
         [ranks],
@@ -155,7 +144,7 @@ def pass_balance(log: RouteLog, where: str, rank_of: Any, ranks: int) -> float:
     return float(mean) / float(most) if most else math.nan
 
 
-def run_facts(log: RouteLog, found: Gathered) -> dict[str, Any]:
+def run_facts(log: RouteLog, found: TokenCounts) -> dict[str, Any]:
     raw = log.meta.raw
     [(passes,)] = log.query("SELECT count(DISTINCT forward_pass_id) FROM routes WHERE NOT flagged")
     return {
@@ -173,7 +162,7 @@ def run_facts(log: RouteLog, found: Gathered) -> dict[str, Any]:
     }
 
 
-def hot_experts(found: Gathered, n: int = 20) -> list[dict[str, Any]]:
+def hot_experts(found: TokenCounts, n: int = 20) -> list[dict[str, Any]]:
     """The (layer, expert) pairs with the largest share of their layer's choices."""
     counts = found.per_layer
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -197,12 +186,12 @@ def hot_experts(found: Gathered, n: int = 20) -> list[dict[str, Any]]:
     return hot
 
 
-def dead_experts(found: Gathered) -> dict[int, list[int]]:
+def never_used_experts(found: TokenCounts) -> dict[int, list[int]]:
     """The experts without a choice, by layer; layers that use all are left out."""
     return {
-        layer: dead
+        layer: ids
         for layer, counts in zip(found.layers, found.per_layer, strict=True)
-        if (dead := usage.never_used(counts))
+        if (ids := usage.never_used(counts))
     }
 
 
@@ -216,7 +205,7 @@ def _labels(
         return None, str(error)
 
 
-def _tests(found: Gathered, labels: vocabulary.Labels) -> list[token_types.PermutationTest]:
+def _tests(found: TokenCounts, labels: vocabulary.Labels) -> list[token_types.PermutationTest]:
     classes, request, ids = labels.sample()
     tests = []
     for number, top_k in enumerate(found.top_k):
@@ -236,7 +225,7 @@ def _tests(found: Gathered, labels: vocabulary.Labels) -> list[token_types.Permu
 
 
 def _token_types(
-    found: Gathered, tests: list[token_types.PermutationTest], skipped: str
+    found: TokenCounts, tests: list[token_types.PermutationTest], skipped: str
 ) -> dict[str, Any]:
     if not tests or found.joint is None:
         return {"skipped": skipped}
@@ -259,24 +248,24 @@ def _token_types(
     }
 
 
-def _identical(log: RouteLog, contaminated: Gathered | None) -> dict[str, Any] | None:
-    runs = log.contamination
+def _identical(log: RouteLog, with_them: TokenCounts | None) -> dict[str, Any] | None:
+    runs = log.identical_runs
     if not runs.rows:
         return None
     return {
         "rows": runs.rows,
         "of_rows": log.num_rows,
         "share": runs.share,
-        "longest_run": runs.longest_run,
+        "longest_run": runs.longest,
         "layers": runs.layers,
         "key_figures_with_them": None
-        if contaminated is None
-        else summary.key_figures(contaminated, summary.expert_parallel(contaminated)),
-        "left_out_of_everything_else": contaminated is not None,
+        if with_them is None
+        else log_metrics.key_metrics(with_them, log_metrics.expert_parallel(with_them)),
+        "left_out_of_everything_else": with_them is not None,
     }
 
 
-def _cache(found: Gathered) -> dict[str, Any]:
+def _cache(found: TokenCounts) -> dict[str, Any]:
     accesses = found.cache_accesses
     with np.errstate(invalid="ignore", divide="ignore"):
         rates = found.cache_hits / accesses[:, None]
@@ -288,7 +277,7 @@ def _cache(found: Gathered) -> dict[str, Any]:
     }
 
 
-def _top_pairs(found: Gathered) -> list[dict[str, Any]]:
+def _top_pairs(found: TokenCounts) -> list[dict[str, Any]]:
     """The three most frequent pairs of each layer with their lift."""
     pairs = []
     for number, layer in enumerate(found.layers):

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_state
 from tests.support.harness import TABLE, Engines
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _patched() -> None:
-    report = patching.inspect()
+    report = patch_state.inspect()
     if not report.ok:
         pytest.fail(f"engine tests need a patched vLLM: {report.message}")
 
@@ -24,7 +24,7 @@ def _patched() -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random checkpoint with the real routing shape."""
-    from tools.make_tiny_moe import TinyMoeSpec, build
+    from expert_profiler.run.tiny_model import TinyMoeSpec, build
 
     folder = tmp_path_factory.mktemp("model") / "tiny-moe"
     build(folder, TinyMoeSpec())

@@ -22,6 +22,8 @@ from tests.support import harness, oracle
 from tests.support.checkpoints import ARCHITECTURES, Architecture, build
 from tests.support.paths import REPO
 
+pytestmark = pytest.mark.engine
+
 DRIVER = REPO / "tests/support/matrix_driver.py"
 PROMPTS = ["Hello, {0}.", "The {0} fox jumps over the lazy dog, again and again. " * 2, "x", "{0}"]
 SAMPLING = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from expert_profiler.metrics import token_types
+from expert_profiler.resources import DEMO_MODEL
 from expert_profiler.run import models, prompts
 from tests.support import harness
 from tools.demo import specialists, tokens
+
+pytestmark = pytest.mark.engine
 
 CODE = [
     "class Counter:\n    def __init__(self, name, values=None):\n        self.name = name\n",
@@ -29,7 +32,7 @@ def recorded(
     folder = tmp_path_factory.mktemp("demo")
     path = folder / "routes.jsonl"
     settings = {
-        "model": str(models.DEMO_PATH),
+        "model": str(DEMO_MODEL),
         "dtype": "float32",
         "max_model_len": models.PRESETS["demo"].max_model_len,
         "enforce_eager": True,
@@ -45,7 +48,7 @@ def recorded(
 
 def test_its_routes_equal_a_hugging_face_forward_pass(recorded: Any) -> None:
     log, outputs = recorded
-    agreement = harness.compare_with_oracle(log, outputs, str(models.DEMO_PATH))
+    agreement = harness.compare_with_oracle(log, outputs, str(DEMO_MODEL))
     expected = sum(len(o["prompt_token_ids"]) + len(o["token_ids"]) - 1 for o in outputs) * LAYERS
     harness.TABLE.append(("demo model", expected, log.rows, agreement))
     assert agreement.compared == log.rows == expected
@@ -57,7 +60,7 @@ def test_its_routes_equal_a_hugging_face_forward_pass(recorded: Any) -> None:
 
 def test_it_goes_on_in_the_style_of_the_prompt(recorded: Any) -> None:
     _, outputs = recorded
-    tokenizer = tokens.load(models.DEMO_PATH)
+    tokenizer = tokens.load(DEMO_MODEL)
     texts = [tokenizer.decode(output["token_ids"]) for output in outputs]
     for text in texts[: len(CODE)]:
         assert sum(line.startswith("    ") for line in text.splitlines()) >= 2, text
@@ -70,7 +73,7 @@ def test_it_goes_on_in_the_style_of_the_prompt(recorded: Any) -> None:
 def test_its_experts_know_what_kind_of_token_they_get(recorded: Any) -> None:
     """By rotating the classes within each request: what is left is what chance gives."""
     log, outputs = recorded
-    tokenizer = tokens.load(models.DEMO_PATH)
+    tokenizer = tokens.load(DEMO_MODEL)
     texts, request, ids = [], [], {layer: [] for layer in range(LAYERS)}
     for number, output in enumerate(outputs):
         for position, token in enumerate(output["prompt_token_ids"]):
@@ -95,4 +98,4 @@ def test_it_was_loaded_as_it_lies_in_the_repository(recorded: Any) -> None:
     log, _ = recorded
     assert (log.meta["num_experts"], log.meta["top_k"]) == (EXPERTS, 2)
     assert log.meta["layers_logged"] == list(range(LAYERS))
-    assert not list(Path(models.DEMO_PATH).glob("*.py"))  # no code of its own
+    assert not list(Path(DEMO_MODEL).glob("*.py"))  # no code of its own

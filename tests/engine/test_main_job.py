@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from benchmarks.client import pristine_vllm
-from expert_profiler import convert
-from expert_profiler.log import log_file, records
+from expert_profiler.bench.engine_process import pristine_vllm
+from expert_profiler.log import conversion, records, run_files
 from tests.support import harness
+
+pytestmark = pytest.mark.engine
 
 PROMPTS = [
     f"Question {i}: a baker fills {i + 2} trays with {3 * i + 4} rolls each. " * (1 + i % 3)
@@ -168,7 +169,7 @@ def test_two_recordings_of_the_same_prompts_are_equal(recorded: dict[str, Any]) 
 
 def test_a_parquet_log_holds_the_same_routes(recorded: dict[str, Any], tmp_path: Path) -> None:
     results, path = recorded["results"], recorded["third"]
-    convert.convert(path, tmp_path / "third.jsonl")
+    conversion.convert(path, tmp_path / "third.jsonl")
     log = harness.read(tmp_path / "third.jsonl")
     first = by_prompt(recorded["first"], outputs_of(results, 0))
     assert_same_routes(by_prompt(log, outputs_of(results, 11)), first)
@@ -185,7 +186,7 @@ def test_a_row_takes_at_most_18_bytes_in_parquet_and_11_with_float16_weights(
     half = tmp_path / "half.parquet"
     chunks = [
         chunk._replace(rows=rounded(chunk.rows))
-        for chunk in records.read_parquet(log_file.open_file(rows))
+        for chunk in records.read_parquet(run_files.open_file(rows))
     ]
     plan = records.Plan(60, 4, "float16")
     records.write_parquet(half, recorded["first"].meta, chunks, None, plan)
@@ -235,9 +236,9 @@ def test_the_header_says_what_was_run(recorded: dict[str, Any], settings: dict[s
 
 
 def test_the_header_names_the_installed_patch(recorded: dict[str, Any]) -> None:
-    from expert_profiler.patch import patching
+    from expert_profiler.patch import patch_file
 
-    expected = patching.patch_id_of_patch(patching.DEFAULT_PATCH)
+    expected = patch_file.load_patch().patch_id
     assert recorded["first"].meta["patch_id"] == expected
 
 
@@ -329,7 +330,7 @@ def test_chosen_layers_alone_are_recorded_and_armed_can_wait(
     chosen = {key: row for key, row in whole.items() if key[2] in (0, 3, 4, 5)}
     assert_same_routes(some, chosen)
     # In one process the same prompts meet in the same batches, so nothing may differ.
-    convert.convert(parquet, tmp_path / "converted.jsonl")
+    conversion.convert(parquet, tmp_path / "converted.jsonl")
     same = harness.read(tmp_path / "converted.jsonl")
     assert by_prompt(same, outputs_of(results, 5)).keys() == some.keys()
     for key, row in by_prompt(same, outputs_of(results, 5)).items():

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.support import harness
-from tools.make_tiny_moe import TinyMoeSpec, build
+
+pytestmark = pytest.mark.engine
 
 NUM_LAYERS = 4
 PROMPTS = [
@@ -318,7 +320,7 @@ def test_tensor_parallel_ranks_count_once(
 def test_pipeline_stages_write_their_own_layers_and_the_reader_merges_them(
     runs: Runs, whole_prompts: dict[tuple[str, int, int], list[int]]
 ) -> None:
-    from expert_profiler.log.route_log import open_log
+    from expert_profiler.log import open_log
 
     results = runs.run(
         [

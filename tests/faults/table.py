@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import open_log
 
 #: The long form: more kills, more rows, more examples.
 FULL = os.environ.get("FAULTS_FULL") == "1"

@@ -23,10 +23,11 @@ from vllm.moe_routes.config import VARIABLES, RouteLogConfig
 from vllm.moe_routes.errors import RouteLogError
 from vllm.moe_routes.layers import parse_selection, select
 
-from expert_profiler import convert, errors, sql, validate
+from expert_profiler import errors
+from expert_profiler.commands import convert, sql, validate
 from expert_profiler.errors import UserError
-from expert_profiler.log.outputs import read_outputs
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import conversion, open_log, row_identity, validation
+from expert_profiler.log.outputs import read_positions
 from tests.faults.table import FULL
 from tests.support import logs
 from tests.support.build import QUICK, a_layer
@@ -63,11 +64,11 @@ def answers(read: Callable[[], object], path: Path) -> bool:
 
 def ask_everything(path: Path) -> None:
     """What the scripts ask of a log."""
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         log.counts()
-        log.weight_faults()
+        validation.weight_faults(log)
         _ = log.notes
-        log.cached_tokens()
+        row_identity.cached_tokens(log)
         log.query("SELECT count(*), max(token_idx) FROM routes")
 
 
@@ -132,7 +133,7 @@ def test_any_bytes_are_no_log(tmp_path: Path, data: bytes) -> None:
 def test_damaged_outputs_are_read_or_refused_in_one_line(tmp_path: Path, seed: int) -> None:
     path, rng = tmp_path / "outputs.jsonl", random.Random(seed)
     path.write_bytes(damaged(logs.write_outputs(path).read_bytes(), rng))
-    answers(lambda: read_outputs(path), path)
+    answers(lambda: read_positions(path), path)
 
 
 @MANY
@@ -143,7 +144,7 @@ def test_a_damaged_parquet_log_is_read_or_refused_in_one_line(tmp_path: Path, se
     log = tmp_path / "x.parquet"
     if not source.exists():
         sound_log(source)
-        convert.convert(source, log)
+        conversion.convert(source, log)
     parts = sorted(log.glob("*.parquet"))
     part = rng.choice(parts)
     whole = part.read_bytes()

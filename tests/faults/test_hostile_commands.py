@@ -16,15 +16,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import make_hist
-import run_profile
-from benchmarks import overhead
-from expert_profiler import compare, convert, errors, export, sql, validate
-from expert_profiler.patch import patching
-from expert_profiler.run import engine, hub, model_sizes, models, preflight
+from expert_profiler import errors
+from expert_profiler.commands import (
+    bench,
+    compare,
+    convert,
+    export,
+    hist,
+    patch,
+    preflight,
+    profile,
+    report,
+    sql,
+    validate,
+)
+from expert_profiler.commands import models as models_command
+from expert_profiler.patch import patch_state
+from expert_profiler.run import engine, hub, machine, tiny_model
 from tests.faults.table import FULL
 from tests.support import logs
 from tests.support.build import QUICK
-from tools import make_tiny_moe
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -40,14 +51,14 @@ def _heavy(*_: Any, **__: Any) -> Any:
 
 
 def _benchmark(words: list[str]) -> int:
-    overhead.parse(words)
+    bench.parse(words, "")
     return 0
 
 
 #: Of every command, its entry and options that lead far into it. LOG is a sound log, OUT a folder
 #: that is there, FREE a name that is not.
 COMMANDS: dict[str, tuple[Main, list[str]]] = {
-    "validate": (validate.main, ["--dir", "OUT", "--routes", "LOG", "--prompts", "--timing"]),
+    "validate": (validate.main, ["OUT", "--dir", "--routes", "LOG", "--prompts", "--timing"]),
     "sql": (sql.main, ["LOG", "SELECT 1", "SELECT * FROM routes"]),
     "convert": (convert.main, ["LOG", "FREE.parquet", "FREE.jsonl", "--force"]),
     "make_hist": (
@@ -55,6 +66,8 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
         ["LOG", "--out", "FREE.png", "--layer", "0", "--report", "FREE", "--outputs",
          "--tokenizer", "OUT", "--include-flagged"],
     ),
+    "hist": (hist.main, ["LOG", "--out", "FREE.png", "--layer", "0", "--include-flagged"]),
+    "report": (report.main, ["LOG", "--out", "FREE", "--outputs", "LOG", "--tokenizer", "OUT"]),
     "compare": (
         compare.main,
         ["LOG", "LOG", "--out", "FREE", "--names", "a,b", "--phase", "all", "prefill", "gptq"],
@@ -64,23 +77,19 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
         ["LOG", "--format", "hot", "npz", "eplb", "sglang", "--out", "FREE.npz", "FREE.json",
          "FREE.npy", "FREE.pt", "--steps", "--num-layers", "--top", "1"],
     ),
-    "model_sizes": (model_sizes.main, ["--gib", "16", "0", "1e308"]),
+    "model_sizes": (models_command.main, ["--gib", "16", "0", "1e308"]),
     "preflight": (preflight.main, ["--model", "OUT", "demo", "--brief"]),
     "apply_patch": (
-        patching.main,
+        patch.main,
         ["apply", "check", "revert", "--root", "OUT", "--patch", "LOG"],
     ),
     "run_profile": (
-        run_profile.main,
+        profile.main,
         ["--model", "demo", "OUT", "--mode", "log", "both", "--out", "FREE", "--prompts", "LOG",
          "--max-tokens", "8", "--layers", "0,3-5", "all", "--repeats", "--temperature", "--seed",
          "--tensor-parallel-size", "2", "--max-model-len", "--dtype", "--no-enforce-eager"],
     ),
     "benchmarks.overhead": (_benchmark, ["--quick", "--model", "OUT", "--out", "--pairs"]),
-    "make_tiny_moe": (
-        make_tiny_moe.main,
-        ["FREE", "--layers", "--experts", "--top-k", "--hidden", "--seed", "--force", "--reuse"],
-    ),
 }  # fmt: skip
 
 # Whoever runs this may be root: no name here leads out of the ground, but to what nobody can write.
@@ -111,12 +120,12 @@ def harmless(monkeypatch: pytest.MonkeyPatch, ground: Path) -> Path:
     """No engine, no hub, no checkpoint of gigabytes, and no vLLM to change but an empty one."""
     monkeypatch.setattr(engine, "quiet", _heavy)
     monkeypatch.setattr(compare.subprocess, "run", _heavy)
-    monkeypatch.setattr(make_tiny_moe, "build", _heavy)
+    monkeypatch.setattr(tiny_model, "build", _heavy)
     monkeypatch.setattr(hub, "answer", lambda path: None)
-    monkeypatch.setattr(models, "gpus", list)
-    find = patching.find_target
+    monkeypatch.setattr(machine, "gpus", list)
+    find = patch_state.find_target
     monkeypatch.setattr(
-        patching, "find_target", lambda root=None, **k: find(root if root else ground, **k)
+        patch_state, "find_target", lambda root=None, **k: find(root if root else ground, **k)
     )
     return ground
 
@@ -204,7 +213,7 @@ def test_a_plot_or_an_export_never_takes_the_place_of_what_is_no_file(ground: Pa
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("main", [convert.main, export.main, make_hist.main, make_tiny_moe.main])
+@pytest.mark.parametrize("main", [convert.main, export.main, make_hist.main])
 @pytest.mark.parametrize("words", [["--", "--"], ["LOG", "--", "--"], ["--", "--", "--"]])
 def test_words_that_end_the_options_are_no_names(
     main: Main, words: list[str], harmless: Path
@@ -219,11 +228,12 @@ def _well_meant(command: str) -> list[str]:
     """What the command needs to get past its parser."""
     return {
         "make_hist": ["LOG", "--out", "FREE.png"],
+        "hist": ["LOG", "--out", "FREE.png"],
+        "report": ["LOG", "--out", "FREE"],
         "compare": ["LOG", "LOG", "--out", "FREE"],
         "export": ["LOG", "--format", "hot", "--out", "FREE.json"],
         "convert": ["LOG", "FREE.parquet"],
         "sql": ["LOG"],
         "validate": ["--routes", "LOG"],
-        "make_tiny_moe": ["FREE"],
         "run_profile": ["--model", "demo", "--out", "FREE"],
     }.get(command, [])

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import run_profile
-from expert_profiler import convert, export, validate
-from expert_profiler.log.outputs import read_outputs
-from expert_profiler.log.route_log import open_log
-from expert_profiler.log.vocabulary import read_tokens
+from expert_profiler.artifacts import NAMES
+from expert_profiler.commands import export
+from expert_profiler.log import conversion, open_log, validation
+from expert_profiler.log.outputs import read_positions, read_tokens
 from expert_profiler.report import comparison
 from expert_profiler.report.report_data import collect
-from expert_profiler.run import models, preflight
+from expert_profiler.resources import DEMO_MODEL
+from expert_profiler.run import models, preflight, profile_options, profiling
 from expert_profiler.run.prompts import read_prompts
 from tests.faults.table import FULL
 from tests.faults.test_hostile import answers, ask_everything, damaged, sound_log, values
@@ -37,7 +37,7 @@ MANY = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 SLOW = settings(MANY, max_examples=60 if FULL else 6)
-DEMO = models.DEMO_PATH
+DEMO = DEMO_MODEL
 
 
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -75,7 +75,7 @@ def test_a_wrong_value_in_timing_json_is_a_failed_check(
 ) -> None:
     path = tmp_path / "timing.json"
     path.write_text(json.dumps(replaced(logs.timing(), where, value)))
-    [*_, check, _] = validate.validate({"timing": path})
+    [*_, check, _] = validation.validate({"timing": path})
     assert check.name == "timing" and "\n" not in check.detail and len(check.detail) < 1000
 
 
@@ -88,11 +88,11 @@ def test_any_bytes_beside_a_log_are_looked_at(tmp_path: Path, data: bytes) -> No
     for name in ("timing.json", "prompts.txt", "expert_hist.png", "outputs.jsonl"):
         sound = (folder / name).read_bytes()
         (folder / name).write_bytes(data)
-        keys = {value: key for key, value in validate.NAMES.items()}
-        answers(lambda key=keys[name], path=folder / name: validate.validate({key: path}), folder)
+        keys = {value: key for key, value in NAMES.items()}
+        answers(lambda key=keys[name], path=folder / name: validation.validate({key: path}), folder)
         if name == "outputs.jsonl":
             both = {"routes": folder / "moe_routes.jsonl", "outputs": folder / name}
-            answers(lambda both=both: validate.validate(both), folder / name)
+            answers(lambda both=both: validation.validate(both), folder / name)
         (folder / name).write_bytes(sound)
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_value_in_outputs_is_read_or_refused_in_one_line(
     lines = [json.loads(line) for line in logs.write_outputs(path).read_bytes().splitlines()]
     lines[0][key] = value
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    answers(lambda: read_outputs(path), path)
+    answers(lambda: read_positions(path), path)
     answers(lambda: read_tokens(path), path)
 
 
@@ -131,8 +131,8 @@ def look_at_checkpoint(folder: Path) -> None:
     config = models.read_config(preset.model)
     assert config is not None
     models.check_config(preset.model, config, "0")
-    args = run_profile.parse(["--model", str(folder)])
-    run_profile.engine_settings(args, preset, config, on_cpu=True)
+    args = profile_options.parse(["--model", str(folder)], "")
+    profiling.engine_settings(args, preset, config, on_cpu=True)
 
 
 CONFIG = json.loads((DEMO / "config.json").read_text())
@@ -175,7 +175,7 @@ def test_a_damaged_tokenizer_or_outputs_is_told_in_one_line(tmp_path: Path, seed
     broken.write_bytes(damaged(data, rng) if rng.random() < 0.7 else rng.randbytes(50))
 
     def report() -> None:
-        with open_log(log, weights=True) as found:
+        with open_log(log) as found:
             collect(found, outputs=outputs, tokenizer=folder)
 
     answers(report, broken)
@@ -234,7 +234,7 @@ def test_a_wrong_footer_of_a_part_is_read_or_refused_in_one_line(
     source, log = tmp_path / "x.jsonl", tmp_path / "x.parquet"
     if not source.exists():
         sound_log(source)
-    convert.convert(source, log, force=True)
+    conversion.convert(source, log, force=True)
     part = sorted(log.glob("*.parquet"))[-1]
     table = pq.read_table(part)
     footer = dict(table.schema.metadata or {})
@@ -263,7 +263,7 @@ def use_everything(log: Path, out: Path) -> list[Callable[[], object]]:
     """compare, export, convert and the report, without the drawing."""
 
     def report() -> None:
-        with open_log(log, weights=True) as found:
+        with open_log(log) as found:
             collect(found)
 
     def exported(format_: str) -> Callable[[], object]:
@@ -273,7 +273,7 @@ def use_everything(log: Path, out: Path) -> list[Callable[[], object]]:
     return [
         report,
         lambda: comparison.compared([comparison.read_run(log, name) for name in "ab"]),
-        lambda: convert.convert(log, out / "x.parquet", force=True),
+        lambda: conversion.convert(log, out / "x.parquet", force=True),
         *(exported(format_) for format_ in export.SUFFIXES),
     ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from vllm.moe_routes.errors import RouteLogError
 
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import open_log
 from tests.faults.load import arm
 from tests.faults.table import FULL, Row, end_of, lost, note, routes_in
 from tests.support.paths import REPO
@@ -71,6 +71,7 @@ def _moments(n: int) -> list[float]:
     return [rng.uniform(0.0, 1.0) for _ in range(n)]
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_what_was_not_flushed_and_nothing_else(
     recorders: RecorderProcesses, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_signal_that_ends_the_process_ends_the_log(
         assert end["self_check"]["checks"][0]["verdict"] == "pass"
 
 
+@pytest.mark.slow
 def test_a_worker_stuck_in_a_collective_still_ends_its_log(tmp_path: Path) -> None:
     """vLLM's SIGTERM never reaches its main thread, and SIGKILL comes a second later."""
     log = tmp_path / "x.jsonl"
@@ -174,6 +176,7 @@ def test_a_worker_stuck_in_a_collective_still_ends_its_log(tmp_path: Path) -> No
     assert end["passes_unfinished"] == 1, "the pass that it was stuck in"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["fork", pytest.param("spawn", marks=pytest.mark.skipif(not FULL, reason="long form"))],

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Building route logs and whole artifact folders for tests: sound unless a test breaks them."""
 
 from __future__ import annotations

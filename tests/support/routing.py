@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random token-level routing for tests of the token metrics."""
 
 from __future__ import annotations

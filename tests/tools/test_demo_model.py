@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expert_profiler.resources import DEMO_MODEL
 from expert_profiler.run import models, prompts
 from tools import demo_evidence
 from tools import train_demo_moe as training
 from tools.demo import card, corpus, specialists, tokens
 
-FOLDER = models.DEMO_PATH
+FOLDER = DEMO_MODEL
 FILES = {
     "README.md", "config.json", "evidence.json", "generation_config.json", "loss_curve.png",
     "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json",

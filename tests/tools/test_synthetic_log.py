@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic logs are sound logs of the asked size, and the same ones every time."""
 
 from __future__ import annotations
@@ -7,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from expert_profiler import convert
 from expert_profiler.errors import UserError
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import conversion, open_log
 from tools import bench_reading, make_synthetic_log
 
 
@@ -38,7 +38,7 @@ def test_a_synthetic_log_is_sound(tmp_path: Path) -> None:
 
 def test_both_formats_hold_the_same_rows_and_a_seed_other_ones(tmp_path: Path) -> None:
     path = make(tmp_path / "x.jsonl")
-    [converted] = convert.convert(make(tmp_path / "x.parquet"), tmp_path / "y.jsonl")
+    [converted] = conversion.convert(make(tmp_path / "x.parquet"), tmp_path / "y.jsonl")
     ours, theirs = path.read_bytes().splitlines(), converted.read_bytes().splitlines()
     assert ours[1:-1] == theirs[1:-1]
     assert json.loads(ours[0])["files"] == ["x.jsonl"]

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError
-from expert_profiler.log.route_log import PHASES, open_log
+from expert_profiler.log import open_log
+from expert_profiler.log.schema import PHASES
 from expert_profiler.run import engine
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading logs: true counts of good ones, one helpful line for each kind of bad one."""
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_profiler.errors import UserError
-from expert_profiler.log.route_log import CONTAMINATION_RUN, Contamination, open_log
+from expert_profiler.log import open_log, row_identity
+from expert_profiler.log.usable_rows import SHORTEST_RUN, IdenticalRuns
 from tests.support.logs import (
     Record,
     meta,
@@ -89,7 +91,7 @@ def test_counts_equal_a_naive_count(rows: list[Record], tmp_path_factory) -> Non
             for row in rows
             if row.get("flag") is None
         ]
-        assert log.duplicates() == len(keys) - len(set(keys))
+        assert log.duplicates == len(keys) - len(set(keys))
         assert log.num_rows == len(keys)
         assert log.rows_flagged == len(rows) - len(keys)
 
@@ -116,7 +118,7 @@ def test_marked_rows_are_left_out_and_noted(path: Path) -> None:
     with open_log(write_log(path, rows)) as log:
         assert log.counts().per_expert.sum() == 2
         assert log.counts(include_flagged=True).per_expert.sum() == 4
-        assert log.duplicates() == 0
+        assert log.duplicates == 0
         assert "1 marked rows" in log.notes[0]
 
 
@@ -257,16 +259,16 @@ def test_an_end_record_with_another_row_count_is_a_finding(path: Path) -> None:
 def test_duplicates_are_counted_and_noted(path: Path) -> None:
     rows = run_rows()
     with open_log(write_log(path, rows + rows[:3])) as log:
-        assert log.duplicates() == 3
+        assert log.duplicates == 3
         assert any("3 rows repeat" in note for note in log.notes)
 
 
-def contamination_of(path: Path, rows: list[Record]) -> Contamination:
+def runs_of(path: Path, rows: list[Record]) -> IdenticalRuns:
     with open_log(write_log(path, rows)) as log:
-        return log.contamination
+        return log.identical_runs
 
 
-def naive_contaminated(rows: list[Record]) -> int:
+def naive_rows_in_runs(rows: list[Record]) -> int:
     """Rows in long runs, counted layer by layer with a plain loop."""
     found = 0
     for layer in {row["layer"] for row in rows}:
@@ -276,7 +278,7 @@ def naive_contaminated(rows: list[Record]) -> int:
             if this is not None and this == before:
                 run += 1
                 continue
-            if run >= CONTAMINATION_RUN:
+            if run >= SHORTEST_RUN:
                 found += run
             run, before = 1, this
     return found
@@ -285,28 +287,28 @@ def naive_contaminated(rows: list[Record]) -> int:
 def test_the_known_public_fault_is_found(path: Path) -> None:
     warm_up = [route("w", i, 0, [0, 1], [0.5, 0.25]) for i in range(16_640)]
     true = [route("t", i, 0, [i % 8, (i + 1) % 8], [0.5, i / 8192]) for i in range(4_384)]
-    found = contamination_of(path, warm_up + true)
-    assert (found.rows, found.longest_run, found.layers) == (16_640, 16_640, (0,))
+    found = runs_of(path, warm_up + true)
+    assert (found.rows, found.longest, found.layers) == (16_640, 16_640, (0,))
     assert found.share == pytest.approx(16_640 / 21_024)
     with open_log(path) as log:
         assert "16,640 of 21,024 rows (79.1%)" in log.suspicions[0]
 
 
-@pytest.mark.parametrize(("length", "hit"), [(CONTAMINATION_RUN - 1, 0), (CONTAMINATION_RUN, 1)])
+@pytest.mark.parametrize(("length", "hit"), [(SHORTEST_RUN - 1, 0), (SHORTEST_RUN, 1)])
 def test_the_shortest_run_that_counts(path: Path, length: int, hit: int) -> None:
     rows = [route("0", i, 1, [3, 4]) for i in range(length)]
-    assert contamination_of(path, rows + run_rows()).rows == hit * length
+    assert runs_of(path, rows + run_rows()).rows == hit * length
 
 
 def test_interleaved_layers_do_not_hide_a_run(path: Path) -> None:
     rows = [route("0", i, layer, [layer, 4]) for i in range(100) for layer in (0, 1)]
-    found = contamination_of(path, rows)
+    found = runs_of(path, rows)
     assert (found.rows, found.layers) == (200, (0, 1))
 
 
 def test_the_same_experts_with_other_weights_are_no_warm_up(path: Path) -> None:
     rows = [route("0", i, 0, [3, 4], [0.5, i / 1000]) for i in range(200)]
-    assert contamination_of(path, rows).rows == 0
+    assert runs_of(path, rows).rows == 0
 
 
 @settings(max_examples=20, deadline=None)
@@ -317,12 +319,12 @@ def test_the_same_experts_with_other_weights_are_no_warm_up(path: Path) -> None:
         max_size=8,
     )
 )
-def test_contamination_equals_a_plain_loop(runs, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+def test_identical_runs_equal_a_plain_loop(runs, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     rows = [
         route("0", i, layer, [value, 7]) for layer, value, length in runs for i in range(length)
     ]
     path = tmp_path_factory.mktemp("log") / "moe_routes.jsonl"
-    assert contamination_of(path, rows).rows == naive_contaminated(rows)
+    assert runs_of(path, rows).rows == naive_rows_in_runs(rows)
 
 
 # ---- the row identity --------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_contamination_equals_a_plain_loop(runs, tmp_path_factory) -> None:  # t
 def test_the_row_identity_holds_for_a_sound_run(path: Path, tmp_path: Path) -> None:
     outputs = write_outputs(tmp_path / "outputs.jsonl")
     with open_log(write_log(path, run_rows())) as log:
-        identity = log.identity(outputs)
+        identity = row_identity.identity_of(log, outputs)
     assert identity.holds
     assert identity.expected == (3 + 4 - 1) + (2 + 5 - 1)
     assert identity.per_layer == {0: 12, 1: 12}
@@ -342,14 +344,14 @@ def test_cached_positions_are_not_expected(path: Path, tmp_path: Path) -> None:
     rows = [row for row in run_rows() if row["req_id"] != "0" or row["token_idx"] >= 2]
     rows.append({"type": "request", "req_id": "0", "num_prompt_tokens": 3, "cached_tokens": 2})
     with open_log(write_log(path, rows)) as log:
-        identity = log.identity(outputs)
+        identity = row_identity.identity_of(log, outputs)
     assert (identity.holds, identity.expected, identity.cached) == (True, 10, 2)
 
 
 def test_a_row_gone_in_one_layer_names_the_request(path: Path, tmp_path: Path) -> None:
     outputs = write_outputs(tmp_path / "outputs.jsonl")
     with open_log(write_log(path, run_rows()[:-1])) as log:
-        identity = log.identity(outputs)
+        identity = row_identity.identity_of(log, outputs)
     assert not identity.holds
     assert identity.per_layer == {0: 12, 1: 11}
     assert identity.mismatches == ("request 1: 5 to 6 positions, 6 expected",)
@@ -358,7 +360,7 @@ def test_a_row_gone_in_one_layer_names_the_request(path: Path, tmp_path: Path) -
 def test_sums_that_agree_by_chance_do_not_satisfy_the_identity(path: Path, tmp_path: Path) -> None:
     outputs = write_outputs(tmp_path / "outputs.jsonl", [(3, 3), (2, 6)])
     with open_log(write_log(path, run_rows())) as log:
-        identity = log.identity(outputs)
+        identity = row_identity.identity_of(log, outputs)
     assert identity.expected == 12
     assert not identity.holds
 
@@ -366,7 +368,7 @@ def test_sums_that_agree_by_chance_do_not_satisfy_the_identity(path: Path, tmp_p
 def test_a_request_that_the_outputs_lack_breaks_the_identity(path: Path, tmp_path: Path) -> None:
     outputs = write_outputs(tmp_path / "outputs.jsonl", [(3, 4)])
     with open_log(write_log(path, run_rows())) as log:
-        assert "request 1: not in the outputs" in log.identity(outputs).mismatches
+        assert "request 1: not in the outputs" in row_identity.identity_of(log, outputs).mismatches
 
 
 def test_malformed_outputs_are_named_with_their_line(path: Path, tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_malformed_outputs_are_named_with_their_line(path: Path, tmp_path: Path)
         open_log(write_log(path, run_rows())) as log,
         pytest.raises(UserError, match=r"outputs\.jsonl, line 3: no 'prompt_token_ids'"),
     ):
-        log.identity(outputs)
+        row_identity.identity_of(log, outputs)
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The counting pass agrees with plain loops, however the rows are cut into batches."""
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler.log.row_counts import Batch, Tally
+from expert_profiler.log.row_counts import RowBatch, RowCounts
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 # request, position, layer, phase, flagged, ids
 Row = tuple[str, int, int, int, bool, tuple[int, ...]]
 
 
-def batches(rows: Sequence[Row], cuts: Sequence[int], dtype: type) -> list[Batch]:
+def batches(rows: Sequence[Row], cuts: Sequence[int], dtype: type) -> list[RowBatch]:
     found = []
     edges = [0, *sorted(cut for cut in cuts if cut < len(rows)), len(rows)]
     for low, high in itertools.pairwise(edges):
@@ -28,7 +29,7 @@ def batches(rows: Sequence[Row], cuts: Sequence[int], dtype: type) -> list[Batch
         lengths = np.array([len(row[5]) for row in part])
         same = len(set(lengths.tolist())) == 1
         found.append(
-            Batch(
+            RowBatch(
                 names,
                 np.array([names.index(row[0]) for row in part], dtype=np.int32),
                 np.array([row[1] for row in part], dtype=np.int64),
@@ -42,11 +43,11 @@ def batches(rows: Sequence[Row], cuts: Sequence[int], dtype: type) -> list[Batch
     return found
 
 
-def tallied(rows: Sequence[Row], cuts: Sequence[int] = (), dtype: type = np.int32) -> Tally:
-    tally = Tally()
+def counted(rows: Sequence[Row], cuts: Sequence[int] = (), dtype: type = np.int32) -> RowCounts:
+    counts = RowCounts()
     for batch in batches(rows, cuts, dtype):
-        tally.add(batch)
-    return tally
+        counts.add(batch)
+    return counts
 
 
 ROWS = st.lists(
@@ -67,19 +68,19 @@ CUTS = st.lists(st.integers(1, 40), max_size=4)
 @QUICK
 @given(rows=ROWS, cuts=CUTS, narrow=st.booleans())
 def test_cells_equal_a_naive_count(rows: list[Row], cuts: list[int], narrow: bool) -> None:
-    tally = tallied(rows, cuts, np.uint8 if narrow else np.int32)
+    counts = counted(rows, cuts, np.uint8 if narrow else np.int32)
     choices: Counter[tuple[int, ...]] = Counter()
     lines: Counter[tuple[int, ...]] = Counter()
     for _, _, layer, phase, flagged, ids in rows:
         lines[layer, phase, int(flagged)] += 1
         choices.update((layer, phase, int(flagged), x) for x in ids)
-    assert [tuple(cell) for cell in tally.cells.tolist()] == sorted(
+    assert [tuple(cell) for cell in counts.cells.tolist()] == sorted(
         (*key, n) for key, n in choices.items()
     )
-    assert [tuple(cell) for cell in tally.cell_rows.tolist()] == sorted(
+    assert [tuple(cell) for cell in counts.cell_rows.tolist()] == sorted(
         (*key, n) for key, n in lines.items()
     )
-    assert tally.requests == len({row[0] for row in rows})
+    assert counts.requests == len({row[0] for row in rows})
 
 
 @QUICK
@@ -96,7 +97,7 @@ def test_the_longest_run_equals_a_plain_loop(rows: list[Row], cuts: list[int]) -
             run = run + 1 if ids == before else 1
             before = ids
             longest = max(longest, run)
-    assert tallied(rows, cuts).longest_run == longest
+    assert counted(rows, cuts).longest_run == longest
 
 
 @QUICK
@@ -106,7 +107,7 @@ def test_surely_no_duplicates_is_never_said_of_a_log_with_some(
 ) -> None:
     keys = [row[:3] for row in rows if not row[4]]
     if len(keys) != len(set(keys)):
-        assert not tallied(rows, cuts).surely_no_duplicates
+        assert not counted(rows, cuts).surely_no_duplicates
 
 
 @QUICK
@@ -126,27 +127,27 @@ def test_surely_no_duplicates_is_said_of_every_whole_log(
         for layer in (0, 3, 9)
     ]
     np.random.default_rng(seed).shuffle(rows)  # type: ignore[arg-type]
-    assert tallied(rows, cuts).surely_no_duplicates
+    assert counted(rows, cuts).surely_no_duplicates
     again = [*rows, rows[seed % len(rows)]]
-    assert not tallied(again, cuts).surely_no_duplicates
+    assert not counted(again, cuts).surely_no_duplicates
     # As many rows as before: one twice, another nowhere.
     replaced = [*rows[1:], rows[-1]]
-    assert len(rows) == 1 or not tallied(replaced, cuts).surely_no_duplicates
+    assert len(rows) == 1 or not counted(replaced, cuts).surely_no_duplicates
 
 
 def test_ids_that_no_expert_has_are_counted_too() -> None:
     rows: list[Row] = [("a", 0, 0, 0, False, (-1, 3, 1 << 20)), ("a", 1, 0, 0, False, (-1, 3, 4))]
-    found = tallied(rows).cells.tolist()
+    found = counted(rows).cells.tolist()
     assert found == [[0, 0, 0, -1, 2], [0, 0, 0, 3, 2], [0, 0, 0, 4, 1], [0, 0, 0, 1 << 20, 1]]
 
 
 def test_rows_without_ids_count_as_rows() -> None:
-    tally = tallied([("a", 0, 0, 0, False, ()), ("a", 1, 0, 0, False, ())])
-    assert tally.cells.tolist() == []
-    assert tally.cell_rows.tolist() == [[0, 0, 0, 2]]
-    assert tally.longest_run == 2
+    counts = counted([("a", 0, 0, 0, False, ()), ("a", 1, 0, 0, False, ())])
+    assert counts.cells.tolist() == []
+    assert counts.cell_rows.tolist() == [[0, 0, 0, 2]]
+    assert counts.longest_run == 2
 
 
 def test_a_position_beyond_every_model_is_left_to_the_exact_check() -> None:
     rows: list[Row] = [("a", 1 << 40, 0, 0, False, (1,))]
-    assert not tallied(rows).surely_no_duplicates
+    assert not counted(rows).surely_no_duplicates

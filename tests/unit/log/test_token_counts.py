@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one pass counts, against plain loops over the rows; and not by how batches fall."""
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler.log import token_counts as gathering
-from expert_profiler.log import tokens
-from expert_profiler.log.route_log import open_log
-from expert_profiler.log.token_counts import Gathered, gather
+from expert_profiler.log import open_log, token_counts, tokens
+from expert_profiler.log.token_counts import TokenCounts, count_tokens
 from tests.support.logs import meta, route, run_rows, write_log
 from tests.unit.metrics.test_lru import kept_cache
 
 
-def gathered(path: Path, **options: Any) -> Gathered:
-    with open_log(path, weights=True) as log:
-        return gather(log, **options)
+def counted(path: Path, **options: Any) -> TokenCounts:
+    with open_log(path) as log:
+        return count_tokens(log, **options)
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def random_rows(seed: int, gaps: bool) -> list[dict[str, Any]]:
     return rows or [route("r", 0, 0, [0, 1])]
 
 
-def check(found: Gathered, rows: list[dict[str, Any]]) -> None:
+def check(found: TokenCounts, rows: list[dict[str, Any]]) -> None:
     at = {(r["req_id"], r["token_idx"], r["layer"]): r for r in rows}
     order = list(dict.fromkeys(r["req_id"] for r in rows))
     assert found.requests == len(order) == len(found.by_group)
@@ -98,7 +97,7 @@ def check(found: Gathered, rows: list[dict[str, Any]]) -> None:
         stream = [e for r in mine if r["phase"] == "decode" for e in r["topk_ids"]]
         assert found.cache_accesses[number] == len(stream)
         assert found.cache_hits[number].tolist() == [
-            kept_cache(stream, size, [0] * len(stream)) for size in range(1, 9)
+            kept_cache(stream, size) for size in range(1, 9)
         ]
 
 
@@ -110,15 +109,15 @@ def test_one_pass_equals_plain_loops(tmp_path_factory, seed, gaps, choices) -> N
     write_log(path, rows, meta(layers=(0, 1, 4)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_BATCH_CHOICES", choices)
-        check(gathered(path), rows)
+        check(counted(path), rows)
 
 
 def test_the_sums_are_those_of_the_reader(tmp_path: Path) -> None:
     rows = [*run_rows(), *run_rows(lengths=((2, 1),)), route("0", 0, 0, [1, 2], flag="recomputed")]
     path = write_log(tmp_path / "log.jsonl", rows)  # with repeated and marked rows
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         counts = log.counts()
-        found = gather(log)
+        found = count_tokens(log)
     assert (found.counts == counts.values).all() and (found.rows == counts.rows).all()
 
 
@@ -127,9 +126,9 @@ def test_many_requests_share_groups_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_log(tmp_path / "log.jsonl", run_rows(lengths=((2, 2),) * 10))
-    whole = gathered(path)
-    monkeypatch.setattr(gathering, "MAX_GROUPS", 3)
-    grouped = gathered(path)
+    whole = counted(path)
+    monkeypatch.setattr(token_counts, "MAX_GROUPS", 3)
+    grouped = counted(path)
     assert len(whole.by_group) == 10 and len(grouped.by_group) == 3
     assert grouped.requests == 10
     assert (whole.counts == grouped.counts).all()
@@ -141,8 +140,8 @@ def test_the_cache_curve_stops_at_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_log(tmp_path / "log.jsonl", run_rows(lengths=((1, 8),)))
-    monkeypatch.setattr(gathering, "CACHE_TOKENS", 5)
-    assert gathered(path).cache_accesses.tolist() == [10, 10]
+    monkeypatch.setattr(token_counts, "CACHE_TOKENS", 5)
+    assert counted(path).cache_accesses.tolist() == [10, 10]
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -153,7 +152,7 @@ def test_labelled_tokens_are_counted_by_class(tmp_path: Path) -> None:
     def labels(batch: tokens.TokenBatch) -> Any:
         return (batch.position % 3 - 1).astype(np.int8)  # -1, 0, 1: a third has no class
 
-    found = gathered(path, classes=2, labels=labels)
+    found = counted(path, classes=2, labels=labels)
     assert found.joint is not None
     for number, layer in enumerate(found.layers):
         choices = Counter(

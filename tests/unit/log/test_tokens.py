@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens of a log: every row once, in the order of the text, in batches of any size."""
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_profiler.errors import UserError
-from expert_profiler.log import tokens
-from expert_profiler.log.route_log import open_log
+from expert_profiler.log import open_log, tokens
 from tests.support.logs import Record, meta, route, run_rows, write_log
 
 ROWS = st.lists(
@@ -32,14 +32,12 @@ ROWS = st.lists(
 )
 
 
-def read(path: Path, where: str = tokens.UNFLAGGED, **options: int) -> list[tuple[object, ...]]:
+def read(path: Path) -> list[tuple[object, ...]]:
     """Every (request, position, layer, ids, weights) in the order of the batches."""
     found: list[tuple[object, ...]] = []
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         names = tokens.request_names(log)
-        if where == tokens.CLEAN:
-            tokens.find_identical_runs(log)
-        for batch in tokens.batches(log, where, **options):
+        for batch in tokens.batches(log):
             for t in range(len(batch)):
                 for at, layer in enumerate(log.layers):
                     if batch.ids[t, at, 0] >= 0:
@@ -80,17 +78,22 @@ def plain(rows: list[Record]) -> list[tuple[object, ...]]:
 
 
 @settings(derandomize=True, deadline=None, max_examples=15)
-@given(ROWS, st.sampled_from([None, 1, 2, 5]))
+@given(ROWS, st.sampled_from([1000, 1, 2, 5]))
 def test_every_row_comes_once_in_order(tmp_path_factory, rows, size) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
     write_log(path, rows, meta(layers=(0, 1, 7)))
-    assert read(path, tokens=size) == plain(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_BATCH_CHOICES", size * 3 * 2)  # layers, top-k
+        assert read(path) == plain(rows)
 
 
-def test_a_batch_has_no_more_tokens_than_asked_and_phases_are_kept(tmp_path: Path) -> None:
+def test_a_batch_has_no_more_tokens_than_its_bound_and_phases_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_BATCH_CHOICES", 4 * 2 * 2)  # tokens, layers, top-k
     path = write_log(tmp_path / "log.jsonl", run_rows())
-    with open_log(path, weights=True) as log:
-        found = list(tokens.batches(log, tokens=4))
+    with open_log(path) as log:
+        found = list(tokens.batches(log))
     assert max(map(len, found)) <= 4
     phases = np.concatenate([batch.phase for batch in found])
     assert phases.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]
@@ -99,7 +102,7 @@ def test_a_batch_has_no_more_tokens_than_asked_and_phases_are_kept(tmp_path: Pat
 def test_layers_may_have_different_top_k(tmp_path: Path) -> None:
     rows = [route("0", 0, 0, [3]), route("0", 0, 1, [1, 2])]
     path = write_log(tmp_path / "log.jsonl", rows)
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         assert tokens.top_ks(log) == [1, 2]
         [batch] = tokens.batches(log)
     assert batch.ids.tolist() == [[[3, -1], [1, 2]]]
@@ -110,19 +113,7 @@ def test_rows_of_one_layer_must_have_one_top_k(tmp_path: Path) -> None:
     rows = [route("0", 0, 0, [3]), route("0", 1, 0, [1, 2])]
     path = write_log(tmp_path / "log.jsonl", rows)
     with (
-        open_log(path, weights=True) as log,
+        open_log(path) as log,
         pytest.raises(UserError, match="layer 0 have 1 to 2 expert ids"),
     ):
         next(tokens.batches(log))
-
-
-def test_identical_runs_are_what_the_reader_counts_as_contamination(tmp_path: Path) -> None:
-    warm_up = [route("w", i, layer, [0, 1], [0.5, 0.25]) for i in range(80) for layer in (0, 1)]
-    short = [route("v", i, 0, [0, 1], [0.5, 0.125]) for i in range(63)]
-    true = run_rows()
-    path = write_log(tmp_path / "log.jsonl", warm_up + short + true)
-    with open_log(path, weights=True) as log:
-        assert log.contamination.rows == 160
-        tokens.find_identical_runs(log)
-        assert log.query("SELECT count(*) FROM identical_runs") == [(160,)]
-    assert read(path, tokens.CLEAN) == plain(short + true)

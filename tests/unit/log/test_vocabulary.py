@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token types in a report: tokens from outputs.jsonl, texts from a local tokenizer."""
 
 from __future__ import annotations

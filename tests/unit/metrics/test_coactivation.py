@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts chosen together, against dictionaries and closed forms."""
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ def test_examples_of_the_docstrings() -> None:
     assert co.top_pairs(pairs, 5) == [(0, 1), (0, 2)]
     moves = co.transition_counts(np.array([[0], [0], [1]]), np.array([[1], [0], [1]]), 2, 2)
     assert moves.tolist() == [[1, 1], [0, 1]]
-    assert co.transition_shares(moves, 1).tolist() == [[0.5, 0.5], [0, 1]]
-    assert co.transition_lift(moves, 1, 1)[0, 0] == 1.5
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(5, 2), (6, 3), (4, 1), (3, 3)])
@@ -32,7 +31,8 @@ def test_all_sets_once_have_the_even_lift(experts: int, top_k: int) -> None:
     sets = np.array(list(itertools.combinations(range(experts), top_k)))
     lift = co.lift(co.pair_counts(sets, experts), len(sets))
     off_diagonal = lift[~np.eye(experts, dtype=bool)]
-    assert off_diagonal == pytest.approx(co.even_lift(experts, top_k))
+    even = experts * (top_k - 1) / (top_k * (experts - 1))
+    assert off_diagonal == pytest.approx(even)
 
 
 def test_two_blocks_never_mix() -> None:
@@ -40,19 +40,11 @@ def test_two_blocks_never_mix() -> None:
     lift = co.lift(co.pair_counts(ids, 4), 20)
     assert lift[0, 1] == lift[2, 3] == 2  # each half of the tokens: 1/2 / (1/2 * 1/2)
     assert (lift[:2, 2:] == 0).all()
-    shares = co.transition_shares(co.transition_counts(ids, ids, 4, 4), 2)
-    assert shares.tolist() == [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
-
-
-def test_a_choice_that_says_nothing_about_the_next_layer_has_transition_lift_1() -> None:
-    ids, after = np.repeat([[0], [1], [2]], 4, axis=0), np.tile([[0], [1], [1], [2]], (3, 1))
-    lift = co.transition_lift(co.transition_counts(ids, after, 3, 4), 1, 1)
-    assert lift[:, :3] == pytest.approx(np.ones((3, 3)))
-    assert np.isnan(lift[:, 3]).all()  # never chosen
+    moves = co.transition_counts(ids, ids, 4, 4)
+    assert moves.tolist() == [[10, 10, 0, 0]] * 2 + [[0, 0, 10, 10]] * 2
 
 
 def test_a_single_expert_has_no_pairs() -> None:
-    assert math.isnan(co.even_lift(1, 1))
     assert co.top_pairs(co.pair_counts(np.zeros((3, 1), dtype=int), 1), 3) == []
 
 
@@ -89,22 +81,9 @@ def test_transitions_equal_loops_and_batches_add_up(first, second, cut: int) -> 
         for part in (slice(cut), slice(cut, None))
     ]
     assert (parts[0] + parts[1] == moves).all()
-    shares = co.transition_shares(moves, after.shape[1])
-    lift = co.transition_lift(moves, ids.shape[1], after.shape[1])
     rows = list(zip(ids.tolist(), after.tolist(), strict=True))
     for i, j in itertools.product(range(experts), range(next_experts)):
-        with_i = [then for now, then in rows if i in now]
-        both = sum(j in then for then in with_i)
-        overall = sum(j in then for _, then in rows) / len(rows)
-        assert moves[i, j] == both
-        if not with_i:
-            assert math.isnan(shares[i, j]) and math.isnan(lift[i, j])
-            continue
-        assert shares[i, j] == pytest.approx(both / len(with_i))
-        if overall:
-            assert lift[i, j] == pytest.approx(both / len(with_i) / overall)
-        else:
-            assert math.isnan(lift[i, j])
+        assert moves[i, j] == sum(i in now and j in then for now, then in rows)
 
 
 def test_fixed_teams_have_closed_information_and_even_experts_what_sampling_gives() -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distance of two logs and what chance makes of it: by hand, closed forms, plain loops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expert parallel placement: by hand, closed forms, and against vLLM's own balancer."""
 
 from __future__ import annotations
@@ -96,8 +97,7 @@ def vllm_policy():  # type: ignore[no-untyped-def]
 
 
 def test_vllms_own_balancer_gives_as_many_copies_and_the_same_loads() -> None:
-    import torch
-
+    torch = pytest.importorskip("torch")
     policy = vllm_policy()
     rng = np.random.default_rng(0)
     for experts, ranks, extra in [(60, 4, 4), (60, 8, 12), (64, 8, 8), (256, 16, 32)]:

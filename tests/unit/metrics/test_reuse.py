@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reuse of experts by the next token, against sets."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_profiler.metrics import reuse, usage
+from expert_profiler.metrics import reuse
 from tests.support.routing import requests_of, routings
 
 
@@ -18,7 +19,6 @@ def test_examples_of_the_docstrings() -> None:
     ids = np.array([[0, 1], [1, 2], [2, 1]])
     pairs = reuse.neighbours(np.array([0, 0, 0]), np.array([0, 1, 2]))
     assert reuse.overlaps(ids, pairs).tolist() == [1, 2]
-    assert reuse.next_token_reuse(ids, pairs) == 0.75
     assert reuse.chance_reuse(np.array([1, 3, 2]), 3) == pytest.approx(2 / 3)
     gaps = reuse.neighbours(np.array([0, 0, 0, 1]), np.array([0, 1, 3, 4]))
     assert gaps.tolist() == [True, False, False]
@@ -26,11 +26,11 @@ def test_examples_of_the_docstrings() -> None:
 
 def test_one_hot_set_is_always_reused_and_two_alternating_blocks_never() -> None:
     pairs = np.ones(9, dtype=bool)
-    assert reuse.next_token_reuse(np.array([[3, 5]] * 10), pairs) == 1
+    assert (reuse.overlaps(np.array([[3, 5]] * 10), pairs) == 2).all()
     blocks = np.array([[0, 1], [2, 3]] * 5)
-    assert reuse.next_token_reuse(blocks, pairs) == 0
+    assert not reuse.overlaps(blocks, pairs).any()
     # 4 of the 9 other tokens are of the same block.
-    assert reuse.chance_reuse(usage.expert_counts(blocks, 4), 10) == pytest.approx(4 / 9)
+    assert reuse.chance_reuse(np.bincount(blocks.ravel()), 10) == pytest.approx(4 / 9)
 
 
 def test_an_even_router_has_the_even_reuse_by_chance() -> None:
@@ -40,7 +40,7 @@ def test_an_even_router_has_the_even_reuse_by_chance() -> None:
 
 
 def test_without_a_pair_there_is_no_reuse() -> None:
-    assert math.isnan(reuse.next_token_reuse(np.array([[0, 1]]), np.zeros(0, dtype=bool)))
+    assert len(reuse.overlaps(np.array([[0, 1]]), np.zeros(0, dtype=bool))) == 0
     assert math.isnan(reuse.chance_reuse(np.array([1, 1]), 1))
 
 
@@ -57,9 +57,6 @@ def test_reuse_equals_sets_and_dictionaries(routing, seed: int) -> None:  # type
     pairs = reuse.neighbours(request, position)
     assert reuse.overlaps(ids, pairs).tolist() == shared
     k = ids.shape[1]
-    if shared:
-        expected = sum(shared) / len(shared) / k
-        assert reuse.next_token_reuse(ids, pairs) == pytest.approx(expected)
     rows = [set(row) for row in ids.tolist()]
     others = [len(a & b) / k for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
     counts = Counter(e for row in rows for e in row)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token classes and what they tell of experts: by hand, closed forms, a second implementation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """compare as its user meets it, and its figures against the functions they come from."""
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expert_profiler import compare, errors
+from expert_profiler import errors
+from expert_profiler.commands import compare
 from expert_profiler.report import comparison_page
 from tests.support.logs import Record, meta, route, run_rows, write_log
 
@@ -44,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; the tests of the page draw."""
     monkeypatch.setattr(comparison_page.charts, "png", lambda figure: b"")
 
@@ -74,7 +76,7 @@ def test_a_layer_that_leans_is_found_and_the_other_is_not(
     assert "alike.jsonl against a.jsonl" in page
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_other_shapes_compare_by_normalised_figures_only(folder: Path) -> None:
     assert run("a.jsonl", "wide.jsonl", "--out", "out") == 0
     data = compared(folder)
@@ -87,7 +89,7 @@ def test_other_shapes_compare_by_normalised_figures_only(folder: Path) -> None:
     assert "not expert by expert" in (folder / "out" / "compare.html").read_text()
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_a_log_against_itself_is_the_same(folder: Path) -> None:
     write_log(folder / "b.jsonl", rows(0))
     assert run("a.jsonl", "b.jsonl", "--out", "out", "--names", "x,y", "--phase", "decode") == 0
@@ -99,7 +101,7 @@ def test_a_log_against_itself_is_the_same(folder: Path) -> None:
     assert data["runs"][0]["layers"][0]["all"]["choices"] == 12 * 15 * 2
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_identical_runs_are_left_out_and_said(folder: Path) -> None:
     warm_up = [route("w", i, 0, [0, 1], [0.5, 0.25]) for i in range(500)]
     write_log(folder / "warm.jsonl", warm_up + rows(2))
@@ -110,7 +112,7 @@ def test_identical_runs_are_left_out_and_said(folder: Path) -> None:
     assert "the 500 rows in runs of identical rows" in (folder / "out/compare.html").read_text()
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_a_log_that_lost_rows_is_compared_but_fails(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,8 +124,8 @@ def test_a_log_that_lost_rows_is_compared_but_fails(
 
 def test_names_of_logs_in_different_folders_stay_short_and_different() -> None:
     logs = [Path("run/a/moe_routes.jsonl"), Path("run/b/moe_routes.jsonl")]
-    assert compare._names(logs, None) == ["a/moe_routes.jsonl", "b/moe_routes.jsonl"]
-    assert compare._names([logs[0], logs[0]], None) == [
+    assert compare.short_names(logs, None) == ["a/moe_routes.jsonl", "b/moe_routes.jsonl"]
+    assert compare.short_names([logs[0], logs[0]], None) == [
         "1: moe_routes.jsonl",
         "2: moe_routes.jsonl",
     ]
@@ -154,7 +156,7 @@ def test_a_wrong_call_is_told_in_one_line(
 # ---- presets ------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_presets_are_profiled_once_and_compared(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +171,7 @@ def test_presets_are_profiled_once_and_compared(
 
     monkeypatch.setattr(subprocess, "run", profile)
     assert run("gptq", "full", "--out", "out") == 0
-    assert [command[2:4] for command in calls] == [["--model", "gptq"], ["--model", "full"]]
+    assert [command[4:6] for command in calls] == [["--model", "gptq"], ["--model", "full"]]
     assert [r["name"] for r in compared(folder)["runs"]] == ["gptq", "full"]
     assert run("gptq", "granite-3b", "--out", "out", "--force") == 0
     assert len(calls) == 3  # gptq's log was there

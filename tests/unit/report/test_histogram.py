@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """make_hist.py as its user meets it: figures, plot, refusals, exit codes."""
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 
 import make_hist
-from expert_profiler import errors
-from expert_profiler.log.findings import Counts
+from expert_profiler import errors, resources
+from expert_profiler.log.expert_counts import Counts
 from expert_profiler.report import histogram
 from tests.support.logs import PNG, meta, route, run_rows, write_log, write_public_log
 from tests.support.paths import REPO
@@ -54,7 +55,7 @@ def test_figures_of_a_hand_made_log(folder: Path, capsys: pytest.CaptureFixture[
         "effective experts 3.4 of 4",
         "max/mean 2.00",
         "never used 0 experts",
-        "-m expert_profiler.validate --routes moe_routes.jsonl --hist expert_hist",
+        f"next: {resources.program()} validate --routes moe_routes.jsonl --hist expert_hist",
     ):
         assert fact in out
     assert (folder / "expert_hist.png").read_bytes().startswith(PNG[:8])

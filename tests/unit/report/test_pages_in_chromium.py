@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Report and comparison in a real browser: what a log says is text there, whatever it says."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import make_hist
-from expert_profiler import compare
+from expert_profiler.commands import compare
 from tests.support import browser, logs
 from tests.support.browser import Page
 

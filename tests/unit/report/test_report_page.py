@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report: its figures by hand, its page safe and complete, contamination with and without."""
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import pytest
 
 import make_hist
 from expert_profiler import errors
-from expert_profiler.log.route_log import open_log
-from expert_profiler.log.token_counts import gather
-from expert_profiler.report import page, report_page, summary
+from expert_profiler.log import open_log
+from expert_profiler.log.token_counts import count_tokens
+from expert_profiler.report import log_metrics, page, report_page
 from expert_profiler.report.report_data import collect, pass_balance
 from tests.support.logs import Record, meta, public_meta, route, run_rows, write_log
 
@@ -39,13 +40,13 @@ def report_of(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; the test of the whole page draws."""
     monkeypatch.setattr(report_page.charts, "png", lambda figure: b"")
 
 
 def data_of(path: Path, **options: Any) -> dict[str, Any]:
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         return dict(json.loads(page.as_json(collect(log, **options).data)))
 
 
@@ -103,7 +104,7 @@ def test_one_command_makes_plot_page_and_json(
         assert title in found.text
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_a_log_that_lost_rows_says_so_on_the_page_and_in_the_exit_code(folder: Path) -> None:
     write_log(folder / "moe_routes.jsonl", run_rows(), end={"drops": {"queue_full": 3}})
     assert run("--report", "r") == 1
@@ -182,7 +183,7 @@ def test_balance_by_pass_equals_a_plain_loop(tmp_path: Path, seed: int) -> None:
             key = row["forward_pass_id"], row["layer"]
             loads.setdefault(key, [0, 0, 0])[rank_of[expert]] += 1
     path = write_log(tmp_path / "log.jsonl", [*rows, route("1", 0, 0, [0, 1], flag="overrun")])
-    with open_log(path, weights=True) as log:
+    with open_log(path) as log:
         found = pass_balance(log, "NOT flagged", rank_of, 3)
         expected = sum(sum(x) / 3 for x in loads.values()) / sum(map(max, loads.values()))
         assert found == pytest.approx(expected)
@@ -215,17 +216,18 @@ def test_built_cases_have_closed_forms(
     tmp_path: Path, kind: str, effective: float, tenth: float, dead: int, balance: float
 ) -> None:
     path = write_log(tmp_path / "log.jsonl", built(kind))
-    with open_log(path, weights=True) as log:
-        found = gather(log)
+    with open_log(path) as log:
+        found = count_tokens(log)
     key = {
-        f["name"]: f["value"] for f in summary.key_figures(found, summary.expert_parallel(found))
+        f["name"]: f["value"]
+        for f in log_metrics.key_metrics(found, log_metrics.expert_parallel(found))
     }
     assert key["effective experts"] == pytest.approx(100 * effective / 8, rel=1e-3)
     assert key["load of the hottest tenth"] == pytest.approx(100 * tenth)
     assert key["never used"] == dead
     assert key["balance over 8 ranks"] == pytest.approx(100 * balance, rel=1e-3)
     assert math.isnan(key["prefill against decode"])
-    entries = summary.by_layer(found)
+    entries = log_metrics.by_layer(found)
     if kind == "blocks":
         # Every token and its next are in different blocks; a layer tells the next one's block.
         assert entries[0]["next_token_reuse"]["all"] == 0
@@ -249,7 +251,7 @@ def contaminated(folder: Path) -> Path:
     return write_log(folder / "moe_routes.jsonl", rows, header, finished=False)
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_charts")
 def test_warm_up_rows_are_said_and_figures_shown_with_and_without(folder: Path) -> None:
     contaminated(folder)
     assert run("--report", "r") == 0
