@@ -175,10 +175,11 @@ def text(facts: Mapping[str, Any], evidence: Mapping[str, Any]) -> str:
         ),
         "## Licence",
         flow(
-            "The weights and the tokenizer are part of this repository and come under its licence, Apache-2.0. "
-            "They were trained on CPython's standard library, which is under the PSF License "
-            "Version 2 (some files carry notices of their own), and on text written for this "
-            "project. Of the library's text this folder holds no more than the sample above quotes."
+            "The weights and the tokenizer are part of this repository and come under its licence, "
+            "Apache-2.0. They were trained on CPython's standard library, which is under the PSF "
+            "License Version 2 (some files carry notices of their own), and on text written for "
+            "this project. Of the library's text this folder holds no more than the sample above "
+            "quotes."
         ),
     ]
     return "\n\n".join(parts) + "\n"
