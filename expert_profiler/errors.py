@@ -1,4 +1,5 @@
-"""The one error a user is meant to read."""
+# SPDX-License-Identifier: Apache-2.0
+"""The one error a user is meant to read, and what turns it into a line and an exit code."""
 
 from __future__ import annotations
 
@@ -7,6 +8,12 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+#: The exit code of every command for what its user can mend.
+EXIT_CODE = 2
+#: Whether this is a checkout, where ./test.sh makes the environment, or an installed package.
+IN_CHECKOUT = (Path(__file__).resolve().parents[1] / "test.sh").is_file()
 
 
 class UserError(Exception):
@@ -19,9 +26,6 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
         super().__init__("".join(shown))
-
-
-EXIT_CODE = 2
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,10 +45,9 @@ def run(main: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except ModuleNotFoundError as error:
-        # The scripts run in the environment that ./test.sh makes, and are easily run in another.
         print(
             f"error: package {error.name} is not installed for {sys.executable}; "
-            "run with .venv/bin/python, which ./test.sh makes",
+            f"{_remedy(error.name)}",
             file=sys.stderr,
         )
         return EXIT_CODE
@@ -63,3 +66,12 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+def _remedy(package: str | None) -> str:
+    """What brings a missing package, in a checkout or beside an installed wheel."""
+    if IN_CHECKOUT:
+        return "run with .venv/bin/python, which ./test.sh makes"
+    if package in ("vllm", "torch"):
+        return "run: pip install 'vllm-expert-profiler[cuda]' (or [cpu] without a GPU)"
+    return "run: pip install 'vllm-expert-profiler[profile]'"

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the library brings along: the patch, the recorder's source and the demo model.
 
-In a checkout they stand at its top; a wheel carries them in ``expert_profiler/bundled``. Standard
-library only: preflight and the patch commands run before anything is installed.
+In a checkout they stand at its top; a wheel carries patch and source in
+``expert_profiler/bundled``. Standard library only: preflight and the patch commands run before
+anything is installed.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from expert_profiler.errors import UserError
+from expert_profiler.errors import IN_CHECKOUT, UserError
 
 _LIBRARY = Path(__file__).resolve().parent
-_BUNDLED = _LIBRARY / "bundled"
-#: The folder that holds ``overlay/`` and the patch.
-ROOT = _BUNDLED if _BUNDLED.is_dir() else _LIBRARY.parent
+#: The folder that holds ``overlay/`` and the patch: the checkout, or the wheel's own.
+ROOT = _LIBRARY.parent if IN_CHECKOUT else _LIBRARY / "bundled"
 PATCH = ROOT / "vllm-v0.15.1-moe-logger.patch"
 OVERLAY = ROOT / "overlay"
+DEMO_MODEL = ROOT / "demo_model"  # 7 MB: not in the wheel
+#: Where checkpoints that are built here are kept.
+CACHE = (
+    ROOT / ".cache"
+    if IN_CHECKOUT
+    else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-expert-profiler"
+)
 
 #: The name under which modules of the recorder are loaded here, where ``vllm`` may be missing.
 _RECORDER = "expert_profiler._recorder"
@@ -43,3 +53,18 @@ def recorder_module(name: str) -> ModuleType:
         sys.modules[_RECORDER] = package
         spec.loader.exec_module(package)
     return importlib.import_module(f"{_RECORDER}.{name}")
+
+
+def program() -> str:
+    """What to type in front of a command's name so that the line works as it is printed.
+
+    ``expert-profiler`` where the shell finds this environment's, else its path, else this Python.
+    """
+    python, here = Path(sys.executable), Path.cwd()
+    script = python.with_name("expert-profiler")
+    if shutil.which(script.name) == str(script):
+        return script.name
+    if script.is_file():
+        return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
+    where = "" if not IN_CHECKOUT or here == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} "
+    return f"{where}{shlex.quote(str(python))} -m expert_profiler"

@@ -31,7 +31,7 @@ find_browser() {
 find_python
 find_browser
 make_env "$(lock_for_machine)"
-install_lock tests/requirements-dev-lock.txt
+install_lock requirements/dev.txt
 scripts=(*.sh tools/*.sh tests/*.sh .ci/run)
 
 stage ./apply_patch.sh

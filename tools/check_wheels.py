@@ -26,10 +26,11 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from expert_profiler.errors import UserError, run  # noqa: E402
-from expert_profiler.patch import patching  # noqa: E402
+from expert_profiler.patch import actions, patch_state  # noqa: E402
 from expert_profiler.patch.git_environment import git_environment  # noqa: E402
-from expert_profiler.patch.patch_file import Patch  # noqa: E402
-from expert_profiler.patch.patching import State  # noqa: E402
+from expert_profiler.patch.patch_file import Patch, load_patch, sha256_of_file  # noqa: E402
+from expert_profiler.patch.patch_state import State  # noqa: E402
+from expert_profiler.resources import PATCH  # noqa: E402
 
 
 def unpack(wheel: Path, patch: Patch, folder: Path) -> None:
@@ -59,14 +60,14 @@ def record_hashes(root: Path) -> dict[str, str]:
 def tree_hashes(root: Path) -> dict[str, str]:
     """path -> hex sha256 for every file under ``root``; folders map to ''."""
     return {
-        p.relative_to(root).as_posix(): "" if p.is_dir() else patching.sha256_of_file(p)
+        p.relative_to(root).as_posix(): "" if p.is_dir() else sha256_of_file(p)
         for p in sorted(root.rglob("*"))
     }
 
 
 def check_root(root: Path, patch_file: Path) -> list[str]:
     """All that is wrong with patching and reverting the pristine tree ``root``; [] is a pass."""
-    report = patching.inspect(root, patch_file)
+    report = patch_state.inspect(root, patch_file)
     if report.state is not State.PRISTINE:
         return [report.message]
     problems = _off_record(root, report.patch)
@@ -93,14 +94,14 @@ def check_root(root: Path, patch_file: Path) -> list[str]:
             if tree_hashes(root) != before:
                 problems.append(f"{name}: the dry run changed files")
         for command, change, expected in (
-            (forward, patching.apply, State.APPLIED),
-            (backward, patching.revert, State.PRISTINE),
+            (forward, actions.apply, State.APPLIED),
+            (backward, actions.revert, State.PRISTINE),
         ):
             if command:
                 problems += [f"{name}: {p}" for p in _run(command, root)]
             else:
                 change(root, patch_file)
-            report = patching.inspect(root, patch_file)
+            report = patch_state.inspect(root, patch_file)
             if report.state is not expected:
                 return [*problems, f"{name}: {report.state.value}, not {expected.value}"]
         if tree_hashes(root) != before:
@@ -114,7 +115,7 @@ def _off_record(root: Path, patch: Patch) -> list[str]:
     return [
         f"{path}: not the sha256 in RECORD"
         for path in hooked
-        if hashes.get(path) != patching.sha256_of_file(root / path)
+        if hashes.get(path) != sha256_of_file(root / path)
     ]
 
 
@@ -141,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools/check_wheels.py", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
-    parser.add_argument("--patch", type=Path, default=patching.DEFAULT_PATCH)
+    parser.add_argument("--patch", type=Path, default=PATCH)
     args = parser.parse_args(argv)
-    patch = patching.load_patch(args.patch)
+    patch = load_patch(args.patch)
     failed = False
     for wheel in args.wheels:
         with tempfile.TemporaryDirectory() as scratch:

@@ -28,7 +28,7 @@ import numpy as np
 
 from expert_profiler.errors import UserError, run
 from expert_profiler.metrics import resampling, token_types
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_state
 from expert_profiler.run import models
 from tools import train_demo_moe
 from tools.demo import card, specialists, tokens
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.model} has no {train_demo_moe.FACTS}, so it is no model of this script's; "
             f"run: python tools/train_demo_moe.py {args.model}"
         )
-    report = patching.inspect()
+    report = patch_state.inspect()
     if not report.ok:
         raise UserError(report.message)
     if args.keep is not None and args.keep.exists():

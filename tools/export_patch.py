@@ -35,9 +35,7 @@ from expert_profiler.patch.patch_file import (  # noqa: E402
     parse_patch,
     transformed,
 )
-from expert_profiler.patch.patching import DEFAULT_PATCH  # noqa: E402
-
-OVERLAY = REPO / "overlay"
+from expert_profiler.resources import OVERLAY, PATCH  # noqa: E402
 
 # No line may start like a diff (---, +++, ***, @@, Index:, diff, a digit):
 # patch(1) looks for one in everything that comes before the first section.
@@ -197,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar=("PRISTINE", "EDITED"),
         help="two folders that contain vllm/; their differences become the hooks",
     )
-    parser.add_argument("--patch", type=Path, default=DEFAULT_PATCH, help="default: the project's")
+    parser.add_argument("--patch", type=Path, default=PATCH, help="default: the project's")
     parser.add_argument("--overlay", type=Path, default=OVERLAY, help="default: overlay/")
     args = parser.parse_args(argv)
 

@@ -13,7 +13,7 @@ compile() { # LOCK OPTION...
 }
 
 compile requirements-lock.txt pyproject.toml --extra cuda
-compile requirements-cpu-lock.txt pyproject.toml --extra cpu --override tools/cpu-overrides.txt
-compile tests/requirements-dev-lock.txt --group dev \
-  -c requirements-lock.txt -c requirements-cpu-lock.txt
-compile tools/requirements-uv-lock.txt --group bootstrap
+compile requirements/cpu-0.15.1.txt pyproject.toml --extra cpu --override requirements/cpu-overrides.txt
+compile requirements/dev.txt --group dev \
+  -c requirements-lock.txt -c requirements/cpu-0.15.1.txt
+compile requirements/uv.txt --group bootstrap

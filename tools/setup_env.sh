@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by test.sh and tests/run.sh, from the repository root: makes .venv, and installs
+# Sourced by test.sh, serve.sh and tests/run.sh, from the repository root: makes .venv, and installs
 # exactly what a lock names into it. Nothing outside .venv is installed or changed.
 
 # apply_patch.sh, preflight and uv take the active environment, which may be another one.
@@ -25,7 +25,7 @@ lock_for_machine() {
   if nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
     echo requirements-lock.txt
   else
-    echo requirements-cpu-lock.txt
+    echo requirements/cpu-0.15.1.txt
   fi
 }
 
@@ -45,7 +45,27 @@ make_env() {
   fi
   echo "$1" >.venv/.lock-name
   install_lock "$1"
+  link_checkout
   export PATH=$VIRTUAL_ENV/bin:$PATH
+}
+
+# Makes .venv/bin/expert-profiler, and lets .venv's Python import expert_profiler from anywhere:
+# what an editable install does, without a build backend to download.
+link_checkout() {
+  local site
+  for site in .venv/lib/python3*/site-packages; do
+    echo "$PWD" >"$site/vllm_expert_profiler_checkout.pth"
+  done
+  # sys.path[0] is the current folder, where anything may lie.
+  cat >.venv/bin/expert-profiler <<SCRIPT
+#!/usr/bin/env bash
+exec $(printf %q "$VIRTUAL_ENV/bin/python") -c '
+import sys
+sys.path[0] = sys.argv.pop(1)
+from expert_profiler.__main__ import main
+sys.exit(main())' $(printf %q "$PWD") "\$@"
+SCRIPT
+  chmod +x .venv/bin/expert-profiler
 }
 
 # Sets UV: the one on PATH, else one installed into .venv.
@@ -59,7 +79,7 @@ find_uv() {
   "$PYTHON" -m venv .venv ||
     die "$PYTHON can't make an environment; run: apt-get install python3-venv, or install uv"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-    --require-hashes -r tools/requirements-uv-lock.txt
+    --require-hashes -r requirements/uv.txt
 }
 
 # install_lock LOCK: skipped when .venv already has this very file's packages.

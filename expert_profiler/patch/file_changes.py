@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Change several files or none: staged beside their targets, renamed, rolled back on failure.
 
 A file is replaced by a new one, never written in place, so its other hard

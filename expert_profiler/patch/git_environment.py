@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The environment in which git sees neither the user's settings nor a repository around it."""
 
 from __future__ import annotations

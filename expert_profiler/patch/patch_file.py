@@ -1,18 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patch file: a strict parser, and hunks applied without fuzz or offset.
 
-Git writes the blob id before and after into every file section, so the patch
-is its own manifest. Pure functions on bytes; standard library only.
+Git writes the blob id before and after into every file section, so the patch is its own manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
-from expert_profiler.errors import UserError
+from expert_profiler.errors import IN_CHECKOUT, UserError
+from expert_profiler.resources import PATCH
 
 NO_BLOB = "0" * 40
+#: What to do about a patch that is not as it was made, in an error.
+DAMAGED = "the patch is damaged; run: git checkout or tools/export_patch.py"
 
 _BASE = re.compile(rb"^Base: vllm (\S+)$", re.MULTILINE)
 _DIFF = re.compile(rb"diff --git a/(\S+) b/(\S+)")
@@ -57,6 +62,24 @@ class Patch:
         """Sha256 over "<blob after> <path>" lines sorted by path: names the patched files."""
         lines = (f"{f.after} {f.path}\n" for f in sorted(self.files, key=lambda f: f.path))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_patch(path: Path | None = None) -> Patch:
+    """Read and verify a patch file; the project's own by default."""
+    path = PATCH if path is None else path
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        mended = f"git checkout -- {shlex.quote(path.name)}"
+        if not IN_CHECKOUT:
+            mended = "pip install --force-reinstall --no-deps vllm-expert-profiler"
+        raise UserError(f"cannot read the patch {path}: {error.strerror}; run: {mended}") from error
+    return parse_patch(data, str(path))
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def blob_id(content: bytes) -> str:

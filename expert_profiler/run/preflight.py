@@ -21,7 +21,7 @@ from pathlib import Path
 
 from expert_profiler import errors
 from expert_profiler.errors import UserError
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_state, targets
 from expert_profiler.run import hub, models
 
 REPO = Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ def compiler_check(compiler: str | None) -> Check:
     return Check("compiler", "warn", fact, next="apt-get install g++ (only for --no-enforce-eager)")
 
 
-def vllm_check(target: patching.Target) -> Check:
+def vllm_check(target: targets.Target) -> Check:
     if not target.installed or target.version is None:
         return Check("vllm", "warn", "not installed yet", str(target.root), "./test.sh")
     fact = f"{target.distribution or 'vllm'} {target.version}"
@@ -140,18 +140,18 @@ def vllm_check(target: patching.Target) -> Check:
     return Check("vllm", "FAIL", fact, str(target.root), remedy)
 
 
-def patch_check(report: patching.Report) -> Check:
+def patch_check(report: patch_state.Report) -> Check:
     """What ./test.sh can mend by itself is a warning."""
     state = report.state
     place = str(report.target.root)
-    if state is patching.State.APPLIED:
+    if state is patch_state.State.APPLIED:
         return Check("patch", "ok", f"applied, id {report.patch.patch_id[:12]}", place)
-    if state is patching.State.NOT_INSTALLED:
+    if state is patch_state.State.NOT_INSTALLED:
         return Check("patch", "warn", "nothing to patch yet", next="./test.sh")
-    if state is patching.State.PRISTINE:
+    if state is patch_state.State.PRISTINE:
         return Check("patch", "warn", "not applied yet", place, "./apply_patch.sh")
     fact, _, remedy = report.message.partition("; run: ")
-    mendable = state in (patching.State.HALF_APPLIED, patching.State.LEFTOVER)
+    mendable = state in (patch_state.State.HALF_APPLIED, patch_state.State.LEFTOVER)
     return Check("patch", "warn" if mendable else "FAIL", fact, next=remedy)
 
 
@@ -253,7 +253,7 @@ def look(model: str) -> list[Check]:
     """Measure this machine and judge it."""
     gpus = models.gpus()
     root = vllm_root()
-    target = patching.find_target(search=[root])
+    target = targets.target_at(root)
     preset = models.resolve(model, has_gpu=bool(gpus))
     missing = not Path(preset.model).exists() and hub.cached_model(preset.model) is None
     needed = disk_needed(bool(gpus), target.installed, missing)
@@ -269,7 +269,7 @@ def look(model: str) -> list[Check]:
         checks += [libraries_check(missing_libraries()), compiler_check(shutil.which("g++"))]
     checks.append(vllm_check(target))
     try:
-        checks.append(patch_check(patching.inspect(root)))
+        checks.append(patch_check(patch_state.inspect(root)))
     except UserError as error:
         fact, _, remedy = str(error).rpartition("; ")
         checks.append(Check("patch", "FAIL", fact, next=remedy))

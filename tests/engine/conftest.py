@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_state
 from tests.support.harness import TABLE, Engines
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _patched() -> None:
-    report = patching.inspect()
+    report = patch_state.inspect()
     if not report.ok:
         pytest.fail(f"engine tests need a patched vLLM: {report.message}")
 

@@ -235,9 +235,9 @@ def test_the_header_says_what_was_run(recorded: dict[str, Any], settings: dict[s
 
 
 def test_the_header_names_the_installed_patch(recorded: dict[str, Any]) -> None:
-    from expert_profiler.patch import patching
+    from expert_profiler.patch import patch_file
 
-    expected = patching.patch_id_of_patch(patching.DEFAULT_PATCH)
+    expected = patch_file.load_patch().patch_id
     assert recorded["first"].meta["patch_id"] == expected
 
 

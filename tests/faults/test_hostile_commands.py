@@ -18,7 +18,8 @@ import make_hist
 import run_profile
 from benchmarks import overhead
 from expert_profiler import compare, convert, errors, export, sql, validate
-from expert_profiler.patch import patching
+from expert_profiler.commands import patch
+from expert_profiler.patch import patch_state
 from expert_profiler.run import engine, hub, model_sizes, models, preflight
 from tests.faults.table import FULL
 from tests.support import logs
@@ -66,7 +67,7 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
     "model_sizes": (model_sizes.main, ["--gib", "16", "0", "1e308"]),
     "preflight": (preflight.main, ["--model", "OUT", "demo", "--brief"]),
     "apply_patch": (
-        patching.main,
+        patch.main,
         ["apply", "check", "revert", "--root", "OUT", "--patch", "LOG"],
     ),
     "run_profile": (
@@ -113,9 +114,9 @@ def harmless(monkeypatch: pytest.MonkeyPatch, ground: Path) -> Path:
     monkeypatch.setattr(make_tiny_moe, "build", _heavy)
     monkeypatch.setattr(hub, "answer", lambda path: None)
     monkeypatch.setattr(models, "gpus", list)
-    find = patching.find_target
+    find = patch_state.find_target
     monkeypatch.setattr(
-        patching, "find_target", lambda root=None, **k: find(root if root else ground, **k)
+        patch_state, "find_target", lambda root=None, **k: find(root if root else ground, **k)
     )
     return ground
 

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.client import pristine_vllm
 from expert_profiler.errors import UserError
-from expert_profiler.patch import patching
-from expert_profiler.patch.patch_file import parse_patch
+from expert_profiler.patch import actions, targets
+from expert_profiler.patch.patch_file import load_patch
 from tests.support.paths import REPO
 
 
@@ -27,26 +27,26 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_only_the_files_of_the_patch_change_in_the_real_package(tmp_path: Path) -> None:
     """The installed vLLM, unpatched in a copy made of links: what lies behind them stays."""
     try:
-        installed = patching.find_target().root / "vllm"
+        installed = targets.find_target().root / "vllm"
     except UserError:
         pytest.skip("vllm is not installed here")
     live = hashes(installed)
     root = pristine_vllm(tmp_path)
     before = hashes(root)
-    report = patching.apply(root=root)
+    report = actions.apply(root=root)
     assert report.ok, report.message
     after = hashes(root)
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {file.path for file in parse_patch(patching.DEFAULT_PATCH.read_bytes()).files}
-    patching.revert(root=root)
+    assert changed == {file.path for file in load_patch().files}
+    actions.revert(root=root)
     assert hashes(root) == before
     assert hashes(installed) == live
 
 
 @pytest.mark.parametrize(
     "lock",
-    ["requirements-lock.txt", "requirements-cpu-lock.txt", "tests/requirements-dev-lock.txt",
-     "tools/requirements-uv-lock.txt"],
+    ["requirements-lock.txt", "requirements/cpu-0.15.1.txt", "requirements/dev.txt",
+     "requirements/uv.txt"],
 )  # fmt: skip
 def test_every_package_of_a_lock_has_its_version_and_hashes(lock: str) -> None:
     text = re.sub(r"\\\n", " ", (REPO / lock).read_text())

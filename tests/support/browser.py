@@ -32,7 +32,7 @@ Answer = TypeVar("Answer")
 def missing() -> str:
     """Why no browser can be driven here; empty when one can."""
     if importlib.util.find_spec("selenium") is None:
-        return "selenium is not installed (tests/requirements-dev-lock.txt)"
+        return "selenium is not installed (requirements/dev.txt)"
     for program in ("chromium", "chromedriver"):
         if shutil.which(program) is None:
             return f"{program} is not installed (Debian: apt install chromium chromium-driver)"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small stand-in for an installed vLLM, lying inside a git repository, and a patch for it."""
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from expert_profiler.patch import patch_state
+from expert_profiler.patch.patch_state import State
 from tests.support.paths import REPO
 
 PATCH = REPO / "vllm-v0.15.1-moe-logger.patch"
+VERSION = "0.15.1"
 
 
 def load_tool(name: str) -> ModuleType:
@@ -125,3 +129,26 @@ def make_wheel(tmp_path: Path) -> Wheel:
     wheel.patch.write_bytes(patch_bytes())
     wheel.write(WHEEL)
     return wheel
+
+
+def state_of(wheel: Wheel) -> State:
+    return patch_state.inspect(wheel.root, wheel.patch).state
+
+
+def check(wheel: Wheel) -> patch_state.Report:
+    """As ``apply_patch.sh check`` sees the interpreter's own vLLM."""
+    return patch_state.inspect(None, wheel.patch)
+
+
+def shell(
+    *arguments: str | Path, cwd: Path, script: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    return subprocess.run(
+        [str(script or REPO / "apply_patch.sh"), *map(str, arguments)],
+        cwd=cwd,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

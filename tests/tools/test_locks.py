@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.paths import REPO
 
-CUDA, CPU = "requirements-lock.txt", "requirements-cpu-lock.txt"
-DEV, UV = "tests/requirements-dev-lock.txt", "tools/requirements-uv-lock.txt"
+CUDA, CPU = "requirements-lock.txt", "requirements/cpu-0.15.1.txt"
+DEV, UV = "requirements/dev.txt", "requirements/uv.txt"
 LOCKS = [CUDA, CPU, DEV, UV]
 PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)(?:\[[a-z,-]+\])?==(\S+)( ; .+?)? \\$")
 HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$")

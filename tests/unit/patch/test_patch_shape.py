@@ -8,7 +8,7 @@ import io
 import pytest
 from unidiff import PatchedFile, PatchSet
 
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_file
 from tests.support.patch_kit import PATCH, REPO, export_patch
 
 LAYER = "vllm/model_executor/layers/fused_moe/layer.py"
@@ -89,4 +89,4 @@ def test_the_recorder_hashes_exactly_the_hooked_files(hooks: list[PatchedFile]) 
         and [getattr(t, "id", "") for t in node.targets] == ["HOOKED_FILES"]
     )
     assert sorted(names) == sorted(file.path for file in hooks)
-    assert len(patching.patch_id_of_patch(PATCH)) == 64
+    assert len(patch_file.load_patch(PATCH).patch_id) == 64

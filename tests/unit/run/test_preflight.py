@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from expert_profiler.errors import UserError
-from expert_profiler.patch import patching
-from expert_profiler.patch.patching import State
+from expert_profiler.patch import patch_state, targets
+from expert_profiler.patch.patch_state import State
 from expert_profiler.run import models, preflight
 from expert_profiler.run.preflight import GB, Check
 from tests.support.paths import REPO
@@ -72,7 +72,7 @@ def test_what_is_not_ok_names_the_next_step(check: Check, status: str) -> None:
 def test_vllm_is_there_in_the_right_version(
     version: str | None, installed: bool, status: str
 ) -> None:
-    target = patching.Target(Path("/x"), installed, version, "vllm")
+    target = targets.Target(Path("/x"), installed, version, "vllm")
     assert preflight.vllm_check(target).status == status
 
 
@@ -199,7 +199,7 @@ def test_a_patch_that_is_missing_is_a_line_too(monkeypatch: pytest.MonkeyPatch) 
         raise UserError("cannot read the patch x.patch: gone; run: git checkout x.patch")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(patching, "inspect", missing)
+    monkeypatch.setattr(patch_state, "inspect", missing)
     (check,) = [check for check in preflight.look("tiny") if check.name == "patch"]
     assert check.status == "FAIL" and "git checkout" in check.next
 

@@ -12,7 +12,7 @@ import pytest
 
 import run_profile
 from expert_profiler import errors
-from expert_profiler.patch import patching
+from expert_profiler.patch import patch_state
 from expert_profiler.run import models
 
 MOE = {"num_hidden_layers": 24, "num_experts": 60, "max_position_embeddings": 2048}
@@ -21,7 +21,7 @@ MOE = {"num_hidden_layers": 24, "num_experts": 60, "max_position_embeddings": 20
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a patched vLLM were installed; loading a model would fail the test."""
-    monkeypatch.setattr(patching, "inspect", lambda: SimpleNamespace(ok=True, message=""))
+    monkeypatch.setattr(patch_state, "inspect", lambda: SimpleNamespace(ok=True, message=""))
     monkeypatch.setattr(models, "gpus", list)
 
     def loaded(*_: Any) -> None:
@@ -152,7 +152,7 @@ def test_an_unpatched_vllm_is_named_with_the_next_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = "vllm in /x is not patched; run: ./apply_patch.sh"
-    monkeypatch.setattr(patching, "inspect", lambda: SimpleNamespace(ok=False, message=said))
+    monkeypatch.setattr(patch_state, "inspect", lambda: SimpleNamespace(ok=False, message=said))
     assert refused(capsys, "--out", str(tmp_path)) == f"error: {said}"
 
 
