@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # `vllm serve` with the expert-distribution routes: install, check the patch, start.
 set -euo pipefail
 caller=$PWD

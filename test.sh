@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The one command: from a bare machine to route logs, a plot and an overhead figure.
 set -euo pipefail
 caller=$PWD
@@ -36,15 +37,15 @@ esac
 find_python
 case $command in
 preflight)
-  exec "$PYTHON" -m expert_profiler.run.preflight "$@"
+  exec "$PYTHON" -m expert_profiler preflight "$@"
   ;;
 validate)
   make_env "$(lock_for_machine)"
-  [[ ${1:---} == -* ]] || set -- --dir "$(cd "$caller" && realpath -m -- "$1")" "${@:2}"
-  exec .venv/bin/python -m expert_profiler.validate "$@"
+  [[ ${1:---} == -* ]] || set -- "$(cd "$caller" && realpath -m -- "$1")" "${@:2}"
+  exec .venv/bin/expert-profiler validate "$@"
   ;;
 run)
-  "$PYTHON" -m expert_profiler.run.preflight --brief "$@" || exit 2
+  "$PYTHON" -m expert_profiler preflight --brief "$@" || exit 2
   make_env "$(lock_for_machine)"
   ./apply_patch.sh
   exec .venv/bin/python -m expert_profiler.run.pipeline "$@"

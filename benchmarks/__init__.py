@@ -1,1 +1,2 @@
-"""What recording costs: ``python -m benchmarks.overhead`` measures it and reports it."""
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.overhead`` is ``expert-profiler bench``, which see."""

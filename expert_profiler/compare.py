@@ -65,14 +65,13 @@ def _recorded(log: Path, out: Path) -> Path:
     folder = out / log
     routes = folder / "moe_routes.jsonl"
     if not routes.exists():
-        script = models.REPO / "run_profile.py"
-        command = [sys.executable, str(script), "--model", str(log), "--out", str(folder)]
-        command += ["--mode", "log", "--repeats", "1"]
+        command = [sys.executable, "-m", "expert_profiler", "profile", "--model", str(log)]
+        command += ["--out", str(folder), "--mode", "log", "--repeats", "1"]
         print(f"profiling: {shlex.join(command)}", file=sys.stderr)
         code = subprocess.run(command, check=False).returncode
         if code:
             raise UserError(
-                f"run_profile.py ended with exit code {code} for {log}; "
+                f"it ended with exit code {code} for {log}; "
                 f"see its message above, or run it: {shlex.join(command)}"
             )
     return routes

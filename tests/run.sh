@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Every check of the project, from a bare machine: environment, patch, linters, tests.
 # Usage: tests/run.sh [options of pytest, such as -k NAME or -m 'not engine']
 set -euo pipefail

@@ -29,7 +29,7 @@ import numpy as np
 from expert_profiler.errors import UserError, run
 from expert_profiler.metrics import resampling, token_types
 from expert_profiler.patch import patch_state
-from expert_profiler.run import models
+from expert_profiler.resources import DEMO_MODEL
 from tools import train_demo_moe
 from tools.demo import card, specialists, tokens
 from tools.demo.corpus import Corpus, corpus
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", nargs="?", type=Path, default=models.DEMO_PATH, metavar="MODEL_DIR",
+    add("model", nargs="?", type=Path, default=DEMO_MODEL, metavar="MODEL_DIR",
         help="a checkpoint of tools/train_demo_moe.py [demo_model]")  # fmt: skip
     add("--keep", type=Path, metavar="DIR", help="leave the recordings there")
     add("--write-card", action="store_true",

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Resolves the lock files anew. A lock's header names the command that made it.
 # Usage: tools/lock.sh [options of uv pip compile, such as --upgrade-package NAME]
 set -euo pipefail

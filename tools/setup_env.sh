@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
 # Sourced by test.sh, serve.sh and tests/run.sh, from the repository root: makes .venv, and installs
 # exactly what a lock names into it. Nothing outside .venv is installed or changed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's offline engine with the recorder armed, and its chatter kept off the terminal."""
 
 from __future__ import annotations

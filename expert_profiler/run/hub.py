@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the Hugging Face hub can be reached, in bounded time and without any package."""
 
 from __future__ import annotations

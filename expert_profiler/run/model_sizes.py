@@ -1,21 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large a preset's full-precision model is, and whether it fits a GPU: with the arithmetic.
-
-    python -m expert_profiler.run.model_sizes [--gib 16]
 
 Nothing is downloaded: the shapes are those of the models' config.json files.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from expert_profiler import errors
 from expert_profiler.errors import UserError
 from expert_profiler.run import models
-from expert_profiler.run.models import GpuMemory
+from expert_profiler.run.machine import GpuMemory
 
 GIB = 1 << 30
 BYTES_PER_PARAMETER = 2  # bfloat16 and float16
@@ -144,19 +140,3 @@ def table(gib: float) -> str:
             f"  needed      x 1.1 + 1 GiB = {needed:.2f} GiB: {fits}"
         )
     return "\n".join(blocks)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python3 -m expert_profiler.run.model_sizes",
-        description="Which full-precision presets fit a GPU, with the arithmetic.",
-    )
-    parser.add_argument("--gib", type=float, default=16.0, help="free GPU memory in GiB [16]")
-    args = errors.parsed(parser, argv)
-    print(table(args.gib))
-    print("next: python3 -m expert_profiler.compare gptq granite-3b --out DIR (runs both)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(errors.run(main))

@@ -1,20 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which model a run uses, and whether it can be profiled at all: checked before it is loaded."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expert_profiler.errors import UserError
+from expert_profiler.errors import IN_CHECKOUT, UserError
+from expert_profiler.resources import CACHE, DEMO_MODEL
 
-REPO = Path(__file__).resolve().parents[2]
-TINY_PATH = REPO / ".cache" / "tiny-moe"
-DEMO_PATH = REPO / "demo_model"
+TINY_PATH = CACHE / "tiny-moe"
 
 #: Names of "experts a layer has" and "experts a token takes" in Hugging Face configs.
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -29,7 +27,7 @@ class Preset:
         dtype: vLLM's ``--dtype``.
         max_model_len: tokens; None takes the model's own, up to 2,048.
         kind: "pretrained", "small demo model" or "random weights".
-        remade_by: the command that makes a checkpoint of this repository where it is missing.
+        remade_by: what brings a checkpoint of this project where it is missing: a command.
     """
 
     model: str
@@ -39,7 +37,7 @@ class Preset:
     remade_by: str | None = None
 
     def missing(self) -> bool:
-        """Whether this is a checkpoint of this repository and not there."""
+        """Whether this is a checkpoint of this project and not there."""
         return self.remade_by is not None and not (Path(self.model) / "config.json").is_file()
 
 
@@ -54,50 +52,21 @@ PRESETS = {
         "ibm-granite/granite-3.0-1b-a400m-instruct", "bfloat16", 512, "pretrained"
     ),
     "demo": Preset(
-        str(DEMO_PATH),
+        str(DEMO_MODEL),
         "bfloat16",
         1024,
         "small demo model",
-        f"git checkout -- {DEMO_PATH}",
+        # 7 MB, so not in the wheel.
+        f"git checkout -- {DEMO_MODEL}" if IN_CHECKOUT else "expert-profiler profile --model tiny",
     ),
     "tiny": Preset(
         str(TINY_PATH),
         "bfloat16",
         1024,
         "random weights",
-        f"python tools/make_tiny_moe.py {TINY_PATH}",
+        "expert-profiler profile --model tiny",
     ),
 }
-
-
-@dataclass(frozen=True)
-class GpuMemory:
-    """One GPU's memory in bytes, as ``nvidia-smi`` reports it."""
-
-    name: str
-    total: int
-    free: int
-
-
-def gpus() -> list[GpuMemory]:
-    """The CUDA devices of this machine, without initialising CUDA in this process."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        return []
-    return [parse_gpu(line) for line in answer.stdout.splitlines() if line.strip()]
-
-
-def parse_gpu(line: str) -> GpuMemory:
-    """``"NVIDIA A10G, 23028 MiB, 22000 MiB"`` -> :class:`GpuMemory`."""
-    name, total, free = (part.strip() for part in line.rsplit(",", 2))
-    return GpuMemory(name, _mib(total), _mib(free))
-
-
-def _mib(text: str) -> int:
-    return int(text.split()[0]) << 20
 
 
 def resolve(name: str, has_gpu: bool) -> Preset:
@@ -111,13 +80,13 @@ def resolve(name: str, has_gpu: bool) -> Preset:
         name = "gptq" if has_gpu else "demo"
     if name in PRESETS:
         return PRESETS[name]
-    if Path(name).resolve() == DEMO_PATH:
+    if Path(name).resolve() == DEMO_MODEL:
         return PRESETS["demo"]
     return Preset(name, "auto", None, "random weights" if is_tiny(Path(name)) else "pretrained")
 
 
 def is_tiny(path: Path) -> bool:
-    """Whether a checkpoint came out of ``tools/make_tiny_moe.py``."""
+    """Whether a checkpoint is one of ``tiny_model``."""
     card = path / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     return "random weights" in text.lower()
@@ -135,7 +104,7 @@ def read_config(model: str) -> Mapping[str, Any] | None:
         if looks_local:
             raise UserError(
                 f"model {model} does not exist; give a checkpoint's folder or a hub id, "
-                "or run: python tools/make_tiny_moe.py " + model
+                "or run with --model tiny"
             )
         return None
     file = path / "config.json"

@@ -1,15 +1,11 @@
-"""Look before installing or running: one line a fact, and what to do about it.
+# SPDX-License-Identifier: Apache-2.0
+"""Judge a machine before anything is installed or run on it: one line a fact, and the remedy.
 
-    python -m expert_profiler.run.preflight [--model MODEL]
-
-Standard library only, and it changes nothing: it runs on a machine where nothing is installed.
-Exit code: 0 when nothing FAILs, 1 otherwise.
+Standard library only, and it changes nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import importlib.util
 import os
 import platform
@@ -19,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expert_profiler import errors
-from expert_profiler.errors import UserError
+from expert_profiler.errors import IN_CHECKOUT, UserError
 from expert_profiler.patch import patch_state, targets
-from expert_profiler.run import hub, models
+from expert_profiler.resources import ROOT
+from expert_profiler.run import hub, machine, models
 
-REPO = Path(__file__).resolve().parents[2]
 VLLM_VERSION = "0.15.1"
 GB = 10**9
+#: What installs, patches and runs.
+RUN = "./test.sh" if IN_CHECKOUT else "expert-profiler profile"
+INSTALL = "./test.sh" if IN_CHECKOUT else "pip install 'vllm-expert-profiler[cuda]' (or [cpu])"
 
 # Disk that the first run takes: an environment (8.1 GB measured for the CPU lock), the
 # installer's own copies while it works, and the model where one is downloaded.
@@ -95,11 +93,11 @@ def memory_check(available: int | None) -> Check:
         fact += f", {MEMORY_LEAST / GB:.0f} GB needed"
         return Check("memory", "FAIL", fact, next="stop other programs, or use a larger machine")
     if available < MEMORY_EASY:
-        return Check("memory", "warn", f"{fact}: tight", next="VLLM_CPU_KVCACHE_SPACE=1 ./test.sh")
+        return Check("memory", "warn", f"{fact}: tight", next=f"VLLM_CPU_KVCACHE_SPACE=1 {RUN}")
     return Check("memory", "ok", fact)
 
 
-def device_check(gpus: Sequence[models.GpuMemory], has_nvidia_smi: bool) -> Check:
+def device_check(gpus: Sequence[machine.GpuMemory], has_nvidia_smi: bool) -> Check:
     if not gpus and has_nvidia_smi:
         fact = "nvidia-smi is there but lists no GPU; the CPU will be used"
         return Check("device", "warn", fact, shutil.which("nvidia-smi") or "", "nvidia-smi")
@@ -108,7 +106,7 @@ def device_check(gpus: Sequence[models.GpuMemory], has_nvidia_smi: bool) -> Chec
     first = gpus[0]
     fact = f"{len(gpus)} x {first.name}, {first.free / GB:.0f} of {first.total / GB:.0f} GB free"
     if first.free < GPU_EASY:
-        remedy = "./test.sh run --model demo, or free the GPU: nvidia-smi"
+        remedy = f"{RUN} --model demo, or free the GPU: nvidia-smi"
         return Check("device", "warn", f"{fact}: too little for --model gptq", next=remedy)
     return Check("device", "ok", fact)
 
@@ -131,25 +129,25 @@ def compiler_check(compiler: str | None) -> Check:
 
 def vllm_check(target: targets.Target) -> Check:
     if not target.installed or target.version is None:
-        return Check("vllm", "warn", "not installed yet", str(target.root), "./test.sh")
+        return Check("vllm", "warn", "not installed yet", str(target.root), INSTALL)
     fact = f"{target.distribution or 'vllm'} {target.version}"
     if target.base_version == VLLM_VERSION:
         return Check("vllm", "ok", fact, str(target.root))
     fact += f", but the patch is for {VLLM_VERSION}"
-    remedy = "move that environment away, then ./test.sh"
+    remedy = f"move that environment away, then {INSTALL}"
     return Check("vllm", "FAIL", fact, str(target.root), remedy)
 
 
 def patch_check(report: patch_state.Report) -> Check:
-    """What ./test.sh can mend by itself is a warning."""
+    """The verdict on a patch's state: what applying it again mends is a warning."""
     state = report.state
     place = str(report.target.root)
     if state is patch_state.State.APPLIED:
         return Check("patch", "ok", f"applied, id {report.patch.patch_id[:12]}", place)
     if state is patch_state.State.NOT_INSTALLED:
-        return Check("patch", "warn", "nothing to patch yet", next="./test.sh")
+        return Check("patch", "warn", "nothing to patch yet", next=INSTALL)
     if state is patch_state.State.PRISTINE:
-        return Check("patch", "warn", "not applied yet", place, "./apply_patch.sh")
+        return Check("patch", "warn", "not applied yet", place, patch_state.SCRIPT)
     fact, _, remedy = report.message.partition("; run: ")
     mendable = state in (patch_state.State.HALF_APPLIED, patch_state.State.LEFTOVER)
     return Check("patch", "warn" if mendable else "FAIL", fact, next=remedy)
@@ -167,7 +165,7 @@ def model_check(
     if preset.missing():
         if preset is models.PRESETS["tiny"]:
             fact = "tiny checkpoint, random weights, not built yet"
-            return Check("model", "ok", fact, model, "./test.sh builds it")
+            return Check("model", "ok", fact, model, f"{RUN} builds it")
         fact = f"the {preset.kind} is missing"
         return Check("model", "FAIL", fact, model, preset.remade_by or "")
     try:
@@ -187,7 +185,7 @@ def model_check(
         fact = f"{model} is not in the cache and the hub can't be reached"
     else:
         fact = f"the hub answered {status} for {model}"
-    remedy = "./test.sh run --model demo, or --model FOLDER of a checkpoint"
+    remedy = f"{RUN} --model demo, or --model FOLDER of a checkpoint"
     return Check("model", "FAIL", fact, next=remedy)
 
 
@@ -201,35 +199,7 @@ def prompts_check(status: int | None) -> Check:
 # ---- measuring -----------------------------------------------------------------
 
 
-def available_memory(
-    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Bytes that a new process can use: of the machine, or less where a container is limited."""
-    try:
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return available
-    return min(available, max(limit - used, 0))
-
-
-def missing_libraries(names: Sequence[str] = ("libnuma.so.1",)) -> list[str]:
-    """Those of the shared libraries that the loader does not find."""
-    missing = []
-    for name in names:
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            missing.append(name)
-    return missing
-
-
-def vllm_root(environ: Mapping[str, str] = os.environ, repo: Path = REPO) -> Path:
+def vllm_root(environ: Mapping[str, str] = os.environ, repo: Path = ROOT) -> Path:
     """The site-packages folder to look for vLLM in, which need not exist.
 
     Of the active environment (test.sh makes .venv that), of the one this Python belongs to, or
@@ -251,8 +221,9 @@ def disk_needed(cuda: bool, installed: bool, model_missing: bool) -> int:
 
 def look(model: str) -> list[Check]:
     """Measure this machine and judge it."""
-    gpus = models.gpus()
-    root = vllm_root()
+    gpus = machine.gpus()
+    # A wheel's patch command changes the vLLM beside it.
+    root = vllm_root() if IN_CHECKOUT else targets.find_target().root
     target = targets.target_at(root)
     preset = models.resolve(model, has_gpu=bool(gpus))
     missing = not Path(preset.model).exists() and hub.cached_model(preset.model) is None
@@ -261,12 +232,15 @@ def look(model: str) -> list[Check]:
         python_check(sys.version_info[:3], sys.executable),
         platform_check(platform.system(), platform.machine()),
         installer_check(shutil.which("uv"), importlib.util.find_spec("ensurepip") is not None),
-        disk_check(shutil.disk_usage(REPO).free, needed, REPO),
-        memory_check(available_memory()),
+        disk_check(shutil.disk_usage(ROOT).free, needed, ROOT),
+        memory_check(machine.available_memory()),
         device_check(gpus, shutil.which("nvidia-smi") is not None),
     ]
     if not gpus:
-        checks += [libraries_check(missing_libraries()), compiler_check(shutil.which("g++"))]
+        checks += [
+            libraries_check(machine.missing_libraries()),
+            compiler_check(shutil.which("g++")),
+        ]
     checks.append(vllm_check(target))
     try:
         checks.append(patch_check(patch_state.inspect(root)))
@@ -289,29 +263,3 @@ def table(checks: Sequence[Check]) -> str:
         follow = f"  -> {check.next}" if check.next else ""
         lines.append(f"{check.status:<5} {check.name:<10} {check.fact}{place}{follow}")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m expert_profiler.run.preflight",
-        description="Check this machine before installing or running anything.",
-        allow_abbrev=False,  # --mode, which is for run_profile.py, is no short form of --model
-    )
-    parser.add_argument("--model", default="auto", help="as for run_profile.py [auto]")
-    parser.add_argument("--brief", action="store_true", help="leave out what is ok")
-    # test.sh hands over options that are for run_profile.py.
-    args, _ = parser.parse_known_args(argv)
-    checks = look(args.model)
-    shown = [check for check in checks if check.status != "ok"] if args.brief else checks
-    if shown:
-        print(table(shown))
-    failed = sum(check.status == "FAIL" for check in checks)
-    if failed:
-        print(f"preflight: {failed} of {len(checks)} checks FAILED; next: mend what FAILED above")
-    elif not args.brief:
-        print(f"preflight: {len(checks)} checks, none failed; next: ./test.sh")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(errors.run(main))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prompts of a run: GSM8K where the hub answers, the project's own where not, or a file."""
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expert_profiler.artifacts import PROMPT_SEPARATOR
 from expert_profiler.errors import UserError
 from expert_profiler.run import hub
 
-SEPARATOR = "\n\n---\n\n"
 COUNT = 25
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "word_problems.txt"
 GSM8K = "openai/gsm8k"
@@ -29,16 +30,15 @@ class PromptSet:
     @property
     def sha256(self) -> str:
         """Of prompts.txt's text as UTF-8: of the prompts joined with the separator."""
-        return hashlib.sha256(SEPARATOR.join(self.prompts).encode()).hexdigest()
+        return hashlib.sha256(PROMPT_SEPARATOR.join(self.prompts).encode()).hexdigest()
 
 
-def load_prompts(source: str | None = None, seed: int = 0) -> PromptSet:  # noqa: ARG001
+def load_prompts(source: str | None = None) -> PromptSet:
     """The prompts of a run.
 
     Args:
         source: a file of prompts; None takes the first 25 GSM8K test questions where the hub
             answers (an offline machine loses under 3 s), and the 25 shipped ones where not.
-        seed: the run's seed. No set is sampled today, so equal sources give equal prompts.
 
     Raises:
         UserError: the file is missing, no text, or holds an empty prompt.
@@ -69,7 +69,7 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(
             f"cannot read the prompts file {path}: {error.strerror}; {example}"
         ) from None
-    prompts = [part.strip("\n") for part in text.split(SEPARATOR)]
+    prompts = [part.strip("\n") for part in text.split(PROMPT_SEPARATOR)]
     if not text.strip():
         raise UserError(f"{path} is empty, it must hold at least one prompt; {example}")
     for number, prompt in enumerate(prompts, start=1):
@@ -112,4 +112,4 @@ def gsm8k_questions() -> tuple[list[str], str]:
 
 def write_prompts(path: Path, prompts: Sequence[str]) -> None:
     """Write prompts.txt: the prompts joined with the separator, and a last line end."""
-    path.write_text(SEPARATOR.join(prompts) + "\n", encoding="utf-8")
+    path.write_text(PROMPT_SEPARATOR.join(prompts) + "\n", encoding="utf-8")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Throughput of repeats, and what recording costs, from paired repeats. Pure."""
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Repeat(NamedTuple):
 def summarise(repeats: Sequence[Repeat]) -> dict[str, Any]:
     """One mode's entry in ``timing.json``.
 
-    The three figures at the top are those of the repeat with the (lower) median wall time, so they
+    The three metrics at the top are those of the repeat with the (lower) median wall time, so they
     belong together; ``median_wall_time_sec`` is the usual median.
     """
     import numpy as np
@@ -51,9 +52,7 @@ def summarise(repeats: Sequence[Repeat]) -> dict[str, Any]:
     }
 
 
-def paired_ratio(
-    baseline: Sequence[float], treated: Sequence[float], seed: int = 0
-) -> dict[str, Any]:
+def paired_ratio(baseline: Sequence[float], treated: Sequence[float]) -> dict[str, Any]:
     """Median over pairs of treated / baseline, with its uncertainty.
 
     The interval is the 2.5 and 97.5 percentiles of the medians of bootstrap resamples of the pairs.
@@ -61,12 +60,11 @@ def paired_ratio(
     Args:
         baseline: one measurement a pair, above 0.
         treated: its partner, same length.
-        seed: of the resampling.
     """
     import numpy as np
 
     ratios = np.array([b / a for a, b in zip(baseline, treated, strict=True)])
-    draws = np.random.default_rng(seed).choice(ratios, size=(BOOTSTRAP_DRAWS, len(ratios)))
+    draws = np.random.default_rng(0).choice(ratios, size=(BOOTSTRAP_DRAWS, len(ratios)))
     low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
     return {
         "paired_ratio_median": float(np.median(ratios)),
@@ -76,7 +74,7 @@ def paired_ratio(
     }
 
 
-def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat], seed: int = 0) -> dict[str, Any]:
+def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat]) -> dict[str, Any]:
     """Cost of recording from pairs that ran next to each other in one engine.
 
     ratio = wall time with recording / wall time without, per pair; see :func:`paired_ratio`.
@@ -84,11 +82,10 @@ def overhead(no_log: Sequence[Repeat], log: Sequence[Repeat], seed: int = 0) -> 
     Args:
         no_log: one repeat a pair.
         log: its partner, same length.
-        seed: of the resampling.
     """
     without, with_it = ([item.wall_time_sec for item in each] for each in (no_log, log))
     return {
-        **paired_ratio(without, with_it, seed),
+        **paired_ratio(without, with_it),
         "method": (
             "wall time with recording / without, pairs run back to back in one engine, order "
             f"alternating; median, percentile bootstrap of it with {BOOTSTRAP_DRAWS} draws"

@@ -24,7 +24,7 @@ def _patched() -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random checkpoint with the real routing shape."""
-    from tools.make_tiny_moe import TinyMoeSpec, build
+    from expert_profiler.run.tiny_model import TinyMoeSpec, build
 
     folder = tmp_path_factory.mktemp("model") / "tiny-moe"
     build(folder, TinyMoeSpec())

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases import HEADLINE_MODES, QUICK
+from expert_profiler.bench.cases import HEADLINE_MODES, QUICK
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.support.cores import own_core
 from tests.support.paths import REPO
-from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 

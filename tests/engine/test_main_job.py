@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from benchmarks.client import pristine_vllm
 from expert_profiler import convert
+from expert_profiler.bench.engine_process import pristine_vllm
 from expert_profiler.log import log_file, records
 from tests.support import harness
 

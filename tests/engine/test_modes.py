@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.support import harness
-from tools.make_tiny_moe import TinyMoeSpec, build
 
 NUM_LAYERS = 4
 PROMPTS = [

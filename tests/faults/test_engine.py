@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.faults.table import FULL, Row, check_cut, end_of, lost, note, routes_in
 from tests.support import harness
 from tests.support.paths import REPO
-from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 

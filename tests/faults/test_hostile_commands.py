@@ -15,12 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import make_hist
-import run_profile
-from benchmarks import overhead
 from expert_profiler import compare, convert, errors, export, sql, validate
-from expert_profiler.commands import patch
+from expert_profiler.commands import bench, patch, preflight, profile
+from expert_profiler.commands import models as models_command
 from expert_profiler.patch import patch_state
-from expert_profiler.run import engine, hub, model_sizes, models, preflight
+from expert_profiler.run import engine, hub, machine, tiny_model
 from tests.faults.table import FULL
 from tests.support import logs
 from tests.support.build import QUICK
@@ -40,7 +39,7 @@ def _heavy(*_: Any, **__: Any) -> Any:
 
 
 def _benchmark(words: list[str]) -> int:
-    overhead.parse(words)
+    bench.parse(words, "")
     return 0
 
 
@@ -64,14 +63,14 @@ COMMANDS: dict[str, tuple[Main, list[str]]] = {
         ["LOG", "--format", "hot", "npz", "eplb", "sglang", "--out", "FREE.npz", "FREE.json",
          "FREE.npy", "FREE.pt", "--steps", "--num-layers", "--top", "1"],
     ),
-    "model_sizes": (model_sizes.main, ["--gib", "16", "0", "1e308"]),
+    "model_sizes": (models_command.main, ["--gib", "16", "0", "1e308"]),
     "preflight": (preflight.main, ["--model", "OUT", "demo", "--brief"]),
     "apply_patch": (
         patch.main,
         ["apply", "check", "revert", "--root", "OUT", "--patch", "LOG"],
     ),
     "run_profile": (
-        run_profile.main,
+        profile.main,
         ["--model", "demo", "OUT", "--mode", "log", "both", "--out", "FREE", "--prompts", "LOG",
          "--max-tokens", "8", "--layers", "0,3-5", "all", "--repeats", "--temperature", "--seed",
          "--tensor-parallel-size", "2", "--max-model-len", "--dtype", "--no-enforce-eager"],
@@ -111,9 +110,9 @@ def harmless(monkeypatch: pytest.MonkeyPatch, ground: Path) -> Path:
     """No engine, no hub, no checkpoint of gigabytes, and no vLLM to change but an empty one."""
     monkeypatch.setattr(engine, "quiet", _heavy)
     monkeypatch.setattr(compare.subprocess, "run", _heavy)
-    monkeypatch.setattr(make_tiny_moe, "build", _heavy)
+    monkeypatch.setattr(tiny_model, "build", _heavy)
     monkeypatch.setattr(hub, "answer", lambda path: None)
-    monkeypatch.setattr(models, "gpus", list)
+    monkeypatch.setattr(machine, "gpus", list)
     find = patch_state.find_target
     monkeypatch.setattr(
         patch_state, "find_target", lambda root=None, **k: find(root if root else ground, **k)

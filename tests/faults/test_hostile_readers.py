@@ -14,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import run_profile
 from expert_profiler import convert, export, validate
 from expert_profiler.log.outputs import read_outputs
 from expert_profiler.log.route_log import open_log
 from expert_profiler.log.vocabulary import read_tokens
 from expert_profiler.report import comparison
 from expert_profiler.report.report_data import collect
-from expert_profiler.run import models, preflight
+from expert_profiler.resources import DEMO_MODEL
+from expert_profiler.run import models, preflight, profile_options, profiling
 from expert_profiler.run.prompts import read_prompts
 from tests.faults.table import FULL
 from tests.faults.test_hostile import answers, ask_everything, damaged, sound_log, values
@@ -36,7 +36,7 @@ MANY = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 SLOW = settings(MANY, max_examples=60 if FULL else 6)
-DEMO = models.DEMO_PATH
+DEMO = DEMO_MODEL
 
 
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -130,8 +130,8 @@ def look_at_checkpoint(folder: Path) -> None:
     config = models.read_config(preset.model)
     assert config is not None
     models.check_config(preset.model, config, "0")
-    args = run_profile.parse(["--model", str(folder)])
-    run_profile.engine_settings(args, preset, config, on_cpu=True)
+    args = profile_options.parse(["--model", str(folder)], "")
+    profiling.engine_settings(args, preset, config, on_cpu=True)
 
 
 CONFIG = json.loads((DEMO / "config.json").read_text())

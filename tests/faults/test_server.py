@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.faults.served_load import Clients
 from tests.faults.table import FULL, Row, check_cut, end_of, lost, note, routes_in
 from tests.support.served import VllmServer
-from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [
     pytest.mark.engine,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.client import pristine_vllm
+from expert_profiler.bench.engine_process import pristine_vllm
 from expert_profiler.errors import UserError
 from expert_profiler.patch import actions, targets
 from expert_profiler.patch.patch_file import load_patch

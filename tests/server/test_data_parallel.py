@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.server.test_server import PROMPTS, TOP_K, at_once, executed
 from tests.support.served import VllmServer
-from tools.make_tiny_moe import TinyMoeSpec, build
 
 LAYERS = 2
 

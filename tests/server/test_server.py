@@ -17,10 +17,10 @@ import numpy as np
 import openai
 import pytest
 
+from expert_profiler.run.tiny_model import TinyMoeSpec, build
 from tests.support import browser
 from tests.support.paths import REPO
 from tests.support.served import VllmServer
-from tools.make_tiny_moe import TinyMoeSpec, build
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.make_tiny_moe import EOS_ID, PAD_ID, VOCAB_SIZE, bfloat16_exact, write_tokenizer
+from expert_profiler.run.tiny_model import (
+    EOS_ID,
+    PAD_ID,
+    VOCAB_SIZE,
+    bfloat16_exact,
+    write_tokenizer,
+)
 
 HIDDEN = 128
 HEADS = 4

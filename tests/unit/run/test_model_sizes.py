@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from expert_profiler.commands import models as command
 from expert_profiler.errors import UserError
 from expert_profiler.run import model_sizes, models
+from expert_profiler.run.machine import GpuMemory
 from expert_profiler.run.model_sizes import GIB, SHAPES, MoeShape
-from expert_profiler.run.models import GpuMemory
 
 QWEN = models.PRESETS["full"].model
 
@@ -119,7 +120,7 @@ def test_without_a_gpu_only_small_models_are_tried() -> None:
 
 
 def test_the_arithmetic_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert model_sizes.main(["--gib", "16"]) == 0
+    assert command.main(["--gib", "16"]) == 0
     out = capsys.readouterr().out
     assert "experts 402,653,184" in out
     assert "= 6,919,161,856" in out

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from expert_profiler.errors import UserError
+from expert_profiler.resources import DEMO_MODEL
 from expert_profiler.run import models
-from expert_profiler.run.models import GpuMemory
 
 
 def test_auto_takes_the_quantized_model_with_a_gpu_and_the_demo_model_without() -> None:
@@ -20,7 +20,7 @@ def test_auto_takes_the_quantized_model_with_a_gpu_and_the_demo_model_without() 
 
 
 def test_the_demo_model_is_known_by_its_folder_too() -> None:
-    assert models.resolve(str(models.DEMO_PATH), has_gpu=True) is models.PRESETS["demo"]
+    assert models.resolve(str(DEMO_MODEL), has_gpu=True) is models.PRESETS["demo"]
 
 
 def test_only_a_checkpoint_of_this_repository_can_be_missing(tmp_path: Path) -> None:
@@ -34,12 +34,6 @@ def test_any_hub_id_is_taken_as_it_is() -> None:
     preset = models.resolve("someone/some-moe", has_gpu=False)
     assert (preset.model, preset.dtype, preset.kind) == ("someone/some-moe", "auto", "pretrained")
     assert models.read_config("someone/some-moe") is None
-
-
-def test_what_nvidia_smi_prints_is_understood() -> None:
-    assert models.parse_gpu("NVIDIA A10G, 23028 MiB, 22000 MiB") == GpuMemory(
-        "NVIDIA A10G", 23028 << 20, 22000 << 20
-    )
 
 
 def test_a_language_model_inside_a_multimodal_config_counts() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from expert_profiler.run import models, pipeline
-from tools import make_tiny_moe
 
 
 def timing(low: float = 0.98, high: float = 1.05) -> dict[str, Any]:
@@ -35,14 +34,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ran: list[str] = []
 
     def fake(command: Sequence[str], **_: Any) -> Any:
-        name = command[2] if command[1] == "-m" else command[1]
+        assert command[1:3] == ["-m", "expert_profiler"]
+        name = command[3]
         ran.append(name)
         codes.setdefault(name, 0)
         return SimpleNamespace(returncode=codes[name])
 
     monkeypatch.setattr(subprocess, "run", fake)
-    monkeypatch.setattr(models, "gpus", list)
-    monkeypatch.setattr(make_tiny_moe, "main", lambda argv: ran.append("tiny") or 0)
     codes["ran"] = ran  # type: ignore[assignment]
     return codes
 
@@ -54,37 +52,27 @@ def run(out: Path, *options: str) -> int:
 
 def test_it_builds_profiles_plots_and_validates(tmp_path: Path, steps: Any) -> None:
     assert run(tmp_path) == 0
-    assert steps["ran"] == ["run_profile.py", "make_hist.py", "expert_profiler.validate"]
-
-
-def test_the_random_checkpoint_is_built_where_it_is_asked_for(tmp_path: Path, steps: Any) -> None:
-    assert run(tmp_path, "--model", "tiny") == 0
-    assert steps["ran"][:2] == ["tiny", "run_profile.py"]
-
-
-def test_a_model_of_the_users_own_needs_no_tiny_checkpoint(tmp_path: Path, steps: Any) -> None:
-    assert run(tmp_path, "--model", "org/moe") == 0
-    assert steps["ran"][0] == "run_profile.py"
+    assert steps["ran"] == ["profile", "hist", "validate"]
 
 
 def test_without_a_log_there_is_nothing_to_plot(tmp_path: Path, steps: Any) -> None:
     assert run(tmp_path, "--mode", "no_log") == 0
-    assert steps["ran"] == ["run_profile.py"]
+    assert steps["ran"] == ["profile"]
 
 
 def test_a_doubtful_log_is_plotted_and_validated_all_the_same(
     tmp_path: Path, steps: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps["run_profile.py"] = 1
+    steps["profile"] = 1
     assert run(tmp_path) == 1
-    assert steps["ran"][-1] == "expert_profiler.validate"
+    assert steps["ran"][-1] == "validate"
     assert "NOT TO BE TRUSTED" in capsys.readouterr().out
 
 
 def test_a_step_that_leaves_nothing_ends_the_run(tmp_path: Path, steps: Any) -> None:
-    steps["run_profile.py"] = 2
+    steps["profile"] = 2
     assert run(tmp_path) == 2
-    assert steps["ran"] == ["run_profile.py"]
+    assert steps["ran"] == ["profile"]
 
 
 def test_the_summary_says_what_the_figures_are_worth(tmp_path: Path) -> None:

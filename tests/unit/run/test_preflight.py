@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from expert_profiler.commands import preflight as command
 from expert_profiler.errors import UserError
 from expert_profiler.patch import patch_state, targets
 from expert_profiler.patch.patch_state import State
-from expert_profiler.run import models, preflight
+from expert_profiler.run import machine, models, preflight
 from expert_profiler.run.preflight import GB, Check
 from tests.support.paths import REPO
 
@@ -44,8 +45,8 @@ def test_python_3_10_to_3_13(version: tuple[int, ...], status: str) -> None:
         (preflight.memory_check(16 * GB), "ok"),
         (preflight.device_check([], False), "ok"),
         (preflight.device_check([], True), "warn"),
-        (preflight.device_check([models.GpuMemory("A10G", 24 * GB, 23 * GB)], True), "ok"),
-        (preflight.device_check([models.GpuMemory("T4", 16 * GB, 2 * GB)], True), "warn"),
+        (preflight.device_check([machine.GpuMemory("A10G", 24 * GB, 23 * GB)], True), "ok"),
+        (preflight.device_check([machine.GpuMemory("T4", 16 * GB, 2 * GB)], True), "warn"),
         (preflight.libraries_check([]), "ok"),
         (preflight.libraries_check(["libnuma.so.1"]), "FAIL"),
         (preflight.compiler_check("/usr/bin/g++"), "ok"),
@@ -144,23 +145,6 @@ def test_a_demo_model_that_was_deleted_can_be_had_again(
     assert check.next.startswith("git checkout -- ")
 
 
-def test_memory_is_the_containers_limit_where_that_is_less(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  2000 kB\nMemAvailable:  1000 kB\n")
-    assert preflight.available_memory(meminfo, tmp_path) == 1000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("100\n")
-    assert preflight.available_memory(meminfo, tmp_path) == 1000 * 1024
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert preflight.available_memory(meminfo, tmp_path) == 4900
-    assert preflight.available_memory(tmp_path / "absent", tmp_path) is None
-
-
-def test_a_missing_library_is_found_out() -> None:
-    assert preflight.missing_libraries(["libc.so.6"]) == []
-    assert preflight.missing_libraries(["libnosuch.so.9"]) == ["libnosuch.so.9"]
-
-
 def test_vllm_is_looked_for_where_it_would_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,11 +170,11 @@ def test_the_exit_code_follows_the_worst_line(
 ) -> None:
     lines = [Check("a", "ok", "fine"), Check("b", "warn", "hm", "/place", "do this")]
     monkeypatch.setattr(preflight, "look", lambda _: lines)
-    # Options that are for run_profile.py are none of its business.
-    assert preflight.main(["--brief", "--mode", "log", "--repeats", "1"]) == 0
+    # Options that are for profile are none of its business.
+    assert command.main(["--brief", "--mode", "log", "--repeats", "1"]) == 0
     assert capsys.readouterr().out == "warn  b          hm  [/place]  -> do this\n"
     lines.append(Check("c", "FAIL", "broken", next="mend it"))
-    assert preflight.main([]) == 1
+    assert command.main([]) == 1
     assert "1 of 3 checks FAILED" in capsys.readouterr().out
 
 
@@ -206,7 +190,7 @@ def test_a_patch_that_is_missing_is_a_line_too(monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_runs_where_nothing_is_installed() -> None:
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "expert_profiler.run.preflight", "--model", "tiny"],
+        [sys.executable, "-S", "-m", "expert_profiler", "preflight", "--model", "tiny"],
         cwd=REPO,
         env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

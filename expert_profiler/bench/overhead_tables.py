@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``overhead.json`` as tables for the console. Pure."""
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def profile(section: Mapping[str, Any]) -> str:
         + f"{'start ms':>10}{'stop ms':>9}{'rows/step':>11}{'writer s/M rows':>17}",
     ]  # fmt: skip
     for name, item in section["modes"].items():
-        figures = "".join(
+        told = "".join(
             f"{item['engine_us_per_step'][part]:>10.1f}"
             if part in item["engine_us_per_step"]
             else f"{'-':>10}"
@@ -111,10 +112,10 @@ def profile(section: Mapping[str, Any]) -> str:
         )
         once = item["start_stop_seconds"]
         writes = item["writer_seconds_per_million_rows"]
-        told = f"{writes:>17.2f}" if writes else f"{'-':>17}"
+        speed = f"{writes:>17.2f}" if writes else f"{'-':>17}"
         lines.append(
-            f"{name:<11}{figures}{once['start'] * 1e3:>10.1f}{once['stop'] * 1e3:>9.1f}"
-            f"{item['rows_per_step']:>11.0f}{told}"
+            f"{name:<11}{told}{once['start'] * 1e3:>10.1f}{once['stop'] * 1e3:>9.1f}"
+            f"{item['rows_per_step']:>11.0f}{speed}"
         )
     return "\n".join(lines)
 

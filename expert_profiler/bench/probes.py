@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the recorder's time goes: its functions timed from outside. Runs in the engine's process.
 
 The engine thread's parts take wall time, waits for Python's lock included; the writer thread's

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """What recording should cost on a GPU, projected from shapes and bandwidths; nothing is measured.
 
-python -m benchmarks.roofline        prints the table of docs/overhead.md
+python -m expert_profiler.bench.roofline        prints the table of docs/overhead.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""From passes to the figures of ``overhead.json``. Pure: seconds in, ratios and intervals out."""
+# SPDX-License-Identifier: Apache-2.0
+"""From passes to the metrics of ``overhead.json``. Pure: seconds in, ratios and intervals out."""
 
 from __future__ import annotations
 
@@ -7,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.cases import AA, MODES, YARDSTICK
+from expert_profiler.bench.cases import AA, MODES, YARDSTICK
 from expert_profiler.run import timing
 
 Pass = Mapping[str, Any]
 
 
 class Pair(NamedTuple):
-    """A pass in some mode and the baseline pass that ran next to it; see ``worker.Bench.run``."""
+    """A pass in some mode and the baseline pass that ran next to it; see ``engine_worker``."""
 
     base: Pass
     own: Pass
@@ -30,52 +31,30 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def first_token(item: Pass) -> float:
-    """Median over requests of the seconds to its first token."""
-    return float(np.median(item["ttft"]))
-
-
-def between_tokens(item: Pass) -> float:
-    """Median over engine steps of the seconds from one token to the next."""
-    return float(np.median(item["gaps"]))
-
-
-def wall(item: Pass) -> float:
-    return float(item["wall"])
-
-
-def generate(item: Pass) -> float:
-    return float(item["generate"])
-
-
-#: What is compared, by name: seconds of a pass, smaller is better.
-MEASURES = {
-    "wall": wall,
-    "generate": generate,
-    "ttft": first_token,
-    "inter_token": between_tokens,
-}
+#: What is compared, by name: seconds, smaller is better. A pass's key, whose median is taken:
+#: over requests of the time to the first token, over engine steps of the time to the next.
+MEASURES = {"wall": "wall", "generate": "generate", "ttft": "ttft", "inter_token": "gaps"}
 
 
 def compare(mode: str, pairs: Sequence[Pair]) -> dict[str, Any]:
     """One mode of one case: the paired ratio of every measure, and what it was made from."""
-    ratios = {
-        name: timing.paired_ratio([get(p.base) for p in pairs], [get(p.own) for p in pairs])
-        for name, get in MEASURES.items()
-    }
     seconds = {
         name: {
-            "base": spread([get(p.base) for p in pairs]),
-            "own": spread([get(p.own) for p in pairs]),
+            "base": [float(np.median(pair.base[key])) for pair in pairs],
+            "own": [float(np.median(pair.own[key])) for pair in pairs],
         }
-        for name, get in MEASURES.items()
+        for name, key in MEASURES.items()
     }
+    ratios = {name: timing.paired_ratio(*sides.values()) for name, sides in seconds.items()}
     known = MODES.get(mode)
     target = known.target if known else None
     return {
         "mode": mode,
         "ratios": ratios,
-        "seconds": seconds,
+        "seconds": {
+            name: {side: spread(values) for side, values in sides.items()}
+            for name, sides in seconds.items()
+        },
         "rows": pairs[0].own["rows"],
         "bytes": pairs[0].own["bytes"],
         "target": target,
@@ -92,7 +71,7 @@ def meets(ratio: Mapping[str, Any], target: float) -> str:
 
 
 def problems(name: str, pairs: Mapping[str, Sequence[Pair]], expected_rows: int) -> list[str]:
-    """Why a case's figures must not be trusted; empty where nothing stands against them.
+    """Why a case's metrics must not be trusted; empty where nothing stands against them.
 
     Args:
         name: of the case.
@@ -160,7 +139,7 @@ def memory(record: Mapping[str, Any], allowance: int = 64 << 20) -> dict[str, An
     the second half of the samples, when queue and allocator have filled, gains over that half.
 
     Args:
-        record: of ``synthetic.memory`` or ``synthetic.worst_memory``.
+        record: of ``writer_alone.memory`` or ``writer_alone.worst_memory``.
         allowance: bytes for everything that is neither buffer nor queue.
     """
     samples = np.asarray(record["samples"], dtype=float)
@@ -202,14 +181,14 @@ def seconds_of(parts: Mapping[str, Any], name: str) -> float:
 
 
 def profile(passes: Sequence[Pass], base_wall: float) -> dict[str, Any]:
-    """Where the time of a mode's passes goes: of every figure the median over passes.
+    """Where the time of a mode's passes goes: of every metric the median over passes.
 
     ``accounted`` is what recording adds to a pass, by its own clocks, as ratios to the wall time
     of a pass without a recorder. ``least``: the engine thread's steps. ``most``: those and all CPU
     time of the writer, as if the engine had waited for every moment of it.
 
     Args:
-        passes: of ``worker.Bench.profile``, all of one mode and case.
+        passes: of ``engine_worker.Bench.profile``, all of one mode and case.
         base_wall: median seconds of that case's baseline passes.
     """
     steps = passes[0]["parts"]["end"]["calls"]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import run_profile
 from expert_profiler import errors
+from expert_profiler.commands import profile
 from expert_profiler.patch import patch_state
-from expert_profiler.run import models
+from expert_profiler.run import machine, models, passes, profiling, tiny_model
 
 MOE = {"num_hidden_layers": 24, "num_experts": 60, "max_position_embeddings": 2048}
 
@@ -22,12 +23,12 @@ MOE = {"num_hidden_layers": 24, "num_experts": 60, "max_position_embeddings": 20
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a patched vLLM were installed; loading a model would fail the test."""
     monkeypatch.setattr(patch_state, "inspect", lambda: SimpleNamespace(ok=True, message=""))
-    monkeypatch.setattr(models, "gpus", list)
+    monkeypatch.setattr(machine, "gpus", list)
 
     def loaded(*_: Any) -> None:
         raise AssertionError("the engine was started")
 
-    monkeypatch.setattr(run_profile, "measure", loaded)
+    monkeypatch.setattr(passes, "measure", loaded)
 
 
 def checkpoint(folder: Path, config: dict[str, Any]) -> str:
@@ -38,13 +39,32 @@ def checkpoint(folder: Path, config: dict[str, Any]) -> str:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """Run with ``argv``; returns the one line on stderr."""
-    assert errors.run(lambda: run_profile.main(list(argv))) == errors.EXIT_CODE
+    assert errors.run(lambda: profile.main(list(argv))) == errors.EXIT_CODE
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+@pytest.mark.parametrize("model", ["tiny", "org/moe"])
+@pytest.mark.usefixtures("patched")
+def test_the_random_checkpoint_is_built_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    built: list[Path] = []
+
+    def build(folder: Path, *_: Any, **__: Any) -> None:
+        built.append(folder)
+        checkpoint(folder, MOE)
+
+    tiny = replace(models.PRESETS["tiny"], model=str(tmp_path / "tiny"))
+    monkeypatch.setitem(models.PRESETS, "tiny", tiny)
+    monkeypatch.setattr(tiny_model, "build", build)
+    with pytest.raises(AssertionError, match="the engine was started"):
+        profile.main(["--model", model, "--out", str(tmp_path / "out")])
+    assert built == ([tmp_path / "tiny"] if model == "tiny" else [])
 
 
 @pytest.mark.usefixtures("patched")
@@ -62,7 +82,7 @@ class TestBadInput:
         (tmp_path / "moe_routes.jsonl").write_text("old")
         model = checkpoint(tmp_path / "moe", MOE)
         with pytest.raises(AssertionError, match="the engine was started"):
-            run_profile.main(["--mode", "no_log", "--model", model, "--out", str(tmp_path)])
+            profile.main(["--mode", "no_log", "--model", model, "--out", str(tmp_path)])
 
     def test_an_artifact_that_is_a_folder(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -144,7 +164,7 @@ class TestBadInput:
     def test_a_failure_leaves_nothing_behind(self, tmp_path: Path) -> None:
         model, out = checkpoint(tmp_path / "moe", MOE), tmp_path / "out"
         with pytest.raises(AssertionError, match="the engine was started"):
-            run_profile.main(["--model", model, "--out", str(out)])
+            profile.main(["--model", model, "--out", str(out)])
         assert list(out.iterdir()) == []
 
 
@@ -160,33 +180,6 @@ def test_a_checkpoint_below_this_folder_goes_by_its_relative_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_profile.short_path(str(tmp_path / ".cache" / "tiny")) == ".cache/tiny"
-    assert run_profile.short_path("/elsewhere/tiny") == "/elsewhere/tiny"
-    assert run_profile.short_path("Qwen/some-moe") == "Qwen/some-moe"
-
-
-def test_the_processor_has_a_name() -> None:
-    assert run_profile.cpu_name()
-
-
-def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def needs_it() -> int:
-        raise ModuleNotFoundError("No module named 'duckdb'", name="duckdb")
-
-    assert errors.run(needs_it) == errors.EXIT_CODE
-    assert "package duckdb is not installed" in capsys.readouterr().err
-
-
-def test_an_older_runs_rank_files_go_when_the_new_artifacts_come(tmp_path: Path) -> None:
-    stage, out = tmp_path / "stage", tmp_path / "out"
-    stage.mkdir()
-    out.mkdir()
-    (stage / "moe_routes.jsonl").write_text("new")
-    (stage / "timing.json").write_text("new")
-    (stage / "engine.log").write_text("chatter")
-    (out / "moe_routes.jsonl").write_text("old")
-    (out / "moe_routes.pp1.jsonl").write_text("old")
-    written = run_profile.move(stage, out)
-    assert [path.name for path in written] == ["timing.json", "moe_routes.jsonl"]
-    assert sorted(path.name for path in out.iterdir()) == ["moe_routes.jsonl", "timing.json"]
-    assert (out / "moe_routes.jsonl").read_text() == "new"
+    assert profiling.short_path(str(tmp_path / ".cache" / "tiny")) == ".cache/tiny"
+    assert profiling.short_path("/elsewhere/tiny") == "/elsewhere/tiny"
+    assert profiling.short_path("Qwen/some-moe") == "Qwen/some-moe"

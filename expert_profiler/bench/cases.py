@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is measured, and in which order. Pure."""
 
 from __future__ import annotations
@@ -79,11 +80,14 @@ class Case:
 
 
 class Cell(NamedTuple):
-    """A case of the matrix: the modes that it is run in, and its pairs a mode."""
+    """A case of the matrix, and the modes that it is run in."""
 
     case: Case
     modes: tuple[str, ...]
-    pairs: int
+
+
+#: Of every mode of a cell.
+MATRIX_PAIRS = 1
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,7 @@ class Plan:
         headline: the case of the targets, and its pairs a mode.
         matrix: the other cases.
         processes: interleaved rounds of unpatched and unset engines; 0: none.
-        profiled: the headline's load for longer, so that what a recording takes once hardly counts,
-            and its passes a mode.
+        profiled: the headline's load for longer, so that what a recording takes once hardly counts.
         fit: loads and layer counts that the cost is fitted over.
         synthetic_rows: rows of the writer's throughput, a format.
         sustained_seconds: of the writer's paced run.
@@ -106,7 +109,7 @@ class Plan:
     headline_pairs: int
     matrix: tuple[Cell, ...]
     processes: int
-    profiled: tuple[Case, int]
+    profiled: Case
     fit: tuple[tuple[int, str], ...]
     synthetic_rows: int
     sustained_seconds: float
@@ -120,7 +123,7 @@ LONG = 2_000
 def cell(prompt_tokens: int, batch: int) -> Cell:
     """A case of the full matrix: long passes in two modes only."""
     modes = ("parquet", "jsonl") if prompt_tokens * batch > LONG else MATRIX_MODES
-    return Cell(Case(prompt_tokens, batch, output_tokens=8), modes, 1)
+    return Cell(Case(prompt_tokens, batch, output_tokens=8), modes)
 
 
 FULL = Plan(
@@ -128,7 +131,7 @@ FULL = Plan(
     headline_pairs=20,
     matrix=tuple(cell(prompt, batch) for prompt in (16, 128, 512) for batch in (1, 8, 32)),
     processes=3,
-    profiled=(Case(prompt_tokens=16, batch=25, output_tokens=96), 1),
+    profiled=Case(prompt_tokens=16, batch=25, output_tokens=96),
     fit=tuple((batch, layers) for batch in (1, 8, 25) for layers in ("0", "0-11", "all")),
     synthetic_rows=4_000_000,
     sustained_seconds=60,
@@ -137,9 +140,9 @@ FULL = Plan(
 QUICK = Plan(
     headline=Case(prompt_tokens=4, batch=2, output_tokens=3),
     headline_pairs=2,
-    matrix=(Cell(Case(4, 1, 3), MATRIX_MODES, 1),),
+    matrix=(Cell(Case(4, 1, 3), MATRIX_MODES),),
     processes=0,
-    profiled=(Case(prompt_tokens=4, batch=2, output_tokens=4), 1),
+    profiled=Case(prompt_tokens=4, batch=2, output_tokens=4),
     fit=((1, "0"), (1, "all"), (2, "0"), (2, "all")),
     synthetic_rows=100_000,
     sustained_seconds=1,

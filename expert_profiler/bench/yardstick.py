@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The method of public loggers, to compare with: a benchmark, not a mode of the product.
 
 In every layer of every forward pass the choices are copied to the host, which waits for the device,

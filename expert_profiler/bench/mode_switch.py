@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Switch an engine of this process from one mode to another. Runs in the engine's process."""
 
 from __future__ import annotations
@@ -7,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.cases import YARDSTICK, Mode
-from benchmarks.yardstick import Yardstick
+from expert_profiler.bench.cases import YARDSTICK, Mode
+from expert_profiler.bench.yardstick import Yardstick
 
 #: Where vLLM's patched modules hold the hook.
 _HOOKED = (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``overhead.png``: what each mode costs, with its interval. Drawn without pyplot."""
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _STYLE = {
 }
 
 
-def overhead_figure(record: Mapping[str, Any]) -> Figure:
+def draw(record: Mapping[str, Any]) -> Figure:
     """Headline on the left, every case of the matrix on the right; cost in percent of wall time."""
     from matplotlib.figure import Figure
 

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """The writer alone, on made-up passes of DeepSeek-V3's shape: its speed, steadiness and memory.
 
-python -m benchmarks.synthetic PLAN FOLDER
+python -m expert_profiler.bench.writer_alone PLAN FOLDER
 
 ``PLAN`` is an object with ``rows``, ``seconds`` and ``minutes``; see ``cases.Plan``. Prints one
 line of JSON. The recorder's own queue, thread, self-check and formats run; only the model is

@@ -1,9 +1,11 @@
-"""One engine in a process of its own, driven by lines of JSON. Started by ``client.Engine``.
+# SPDX-License-Identifier: Apache-2.0
+"""One engine in a process of its own, driven by lines of JSON from ``engine_process``.
 
-python -m benchmarks.worker MODEL FOLDER
+python -m expert_profiler.bench.engine_worker MODEL FOLDER
 
-Every line of stdin is an object with ``do`` and its arguments; one line of JSON answers it on
-stdout. Everything else that this process prints goes to FOLDER/engine.log.
+The first line on stdout says that it is ready. Every line of stdin is an object with ``do`` and
+its arguments; one line of JSON answers it. Everything else that this process prints goes to
+FOLDER/engine.log.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.cases import MODES, Case, Mode
-from benchmarks.modes import Switch
-from benchmarks.probes import Probes
+from expert_profiler.bench.cases import MODES, Case, Mode
+from expert_profiler.bench.mode_switch import Switch
+from expert_profiler.bench.probes import Probes
 
 #: Token ids below this are plain bytes in the tiny checkpoint, and words in any other.
 VOCABULARY = 256
@@ -35,7 +37,7 @@ class Bench:
             model=model,
             dtype="bfloat16",
             max_model_len=1024,
-            enforce_eager=True,  # what run_profile.py does on CPU
+            enforce_eager=True,  # as expert-profiler profile does on CPU
             enable_prefix_caching=False,  # a cached prefix is never routed
             seed=1234,
         )
@@ -102,18 +104,6 @@ class Bench:
             self._generate(_prompts(Case(4, 1, 2)), 2)
         return seen
 
-    def facts(self) -> dict[str, Any]:
-        """What the engine is, for the provenance."""
-        import vllm
-
-        recorder = self._switch.recorder
-        return {
-            "vllm": vllm.__version__,
-            "vllm_file": str(Path(vllm.__file__).parent.parent.name),
-            "armed": recorder is not None,
-            "cpus": sorted(os.sched_getaffinity(0)),
-        }
-
     def _generate(
         self, prompts: list[list[int]], output_tokens: int
     ) -> tuple[list[list[float]], list[list[int]]]:
@@ -165,8 +155,7 @@ def serve(bench: Bench, commands: IO[str], answers: IO[str]) -> None:
     for line in commands:
         command = json.loads(line)
         result = getattr(bench, command.pop("do"))(**command)
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
+        print(json.dumps(result), file=answers, flush=True)
 
 
 def main() -> int:
@@ -176,8 +165,7 @@ def main() -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     bench = Bench(model, folder)
-    answers.write(json.dumps(bench.facts()) + "\n")
-    answers.flush()
+    print(json.dumps("ready"), file=answers, flush=True)
     serve(bench, sys.stdin, answers)
     return 0
 
