@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
 LAYERS = 4
 TOP_K = 4
 PROMPTS = [f"{i} bakers fill {i + 3} trays with rolls. " * (1 + i % 3) for i in range(6)]
-README = REPO / "README.md"
+MANUAL = REPO / "docs" / "server.md"
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +110,14 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def curls() -> list[str]:
-    """The commands of README's section on the server, in order."""
-    text = README.read_text(encoding="utf-8")
+    """The commands of the manual on the server, in order."""
+    text = MANUAL.read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     commands = "\n".join(blocks).replace("\\\n", " ")
     return [line for line in commands.splitlines() if line.startswith("curl")]
 
 
-def test_every_curl_of_the_readme_runs_as_written(server: VllmServer) -> None:
+def test_every_curl_of_the_manual_runs_as_written(server: VllmServer) -> None:
     commands = curls()
     routes = ("configure", "start", "stop", "reset", "dump", "status", "/v1/completions")
     assert all(any(route in command for command in commands) for route in routes)

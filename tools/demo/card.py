@@ -175,10 +175,11 @@ def text(facts: Mapping[str, Any], evidence: Mapping[str, Any]) -> str:
         ),
         "## Licence",
         flow(
-            "The weights and the tokenizer are part of this repository and come under its terms. "
-            "They were trained on CPython's standard library, which is under the PSF License "
-            "Version 2 (some files carry notices of their own), and on text written for this "
-            "project. Of the library's text this folder holds no more than the sample above quotes."
+            "The weights and the tokenizer are part of this repository and come under its licence, "
+            "Apache-2.0. They were trained on CPython's standard library, which is under the PSF "
+            "License Version 2 (some files carry notices of their own), and on text written for "
+            "this project. Of the library's text this folder holds no more than the sample above "
+            "quotes."
         ),
     ]
     return "\n\n".join(parts) + "\n"
@@ -265,7 +266,7 @@ def what_to_see(evidence: Mapping[str, Any]) -> list[str]:
         flow(
             "**Workloads differ, the halves of one do not.** Jensen-Shannon divergence of the "
             "experts' shares, mean over layers, prompts and output together, as "
-            "`expert_profiler.compare` tests it: by chance is the mean when requests are dealt to "
+            "`expert-profiler compare` tests it: by chance is the mean when requests are dealt to "
             "the two sides at random, p the share of draws that reach what was found."
         ),
         differences_table(evidence),
