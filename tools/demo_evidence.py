@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,70 +65,57 @@ def piece_of(file: str) -> str | None:
     return file[starts[1] : starts[1] + PROMPT_CHARACTERS].rpartition("\n")[0] + "\n"
 
 
-def class_of_tokens(recordings: Sequence[Recording], tokenizer: Any) -> tuple[Any, Any]:
-    """Texts and class labels of all tokens of the recordings, one after the other."""
-    texts = [tokenizer.decode([int(t)]) for r in recordings for t in r.tokens]
-    first = np.concatenate([r.first() for r in recordings])
+def class_of_tokens(recording: Recording, tokenizer: Any) -> tuple[Any, Any]:
+    """Texts and class labels of all tokens."""
+    texts = [tokenizer.decode([int(token)]) for token in recording.tokens]
+    first = np.diff(recording.request, prepend=-1) != 0
     return np.array(texts, dtype=object), specialists.labels(texts, first)
 
 
-def information(recordings: Sequence[Recording], tokenizer: Any, experts: int) -> list[Any]:
+def information(recording: Recording, label: Any, experts: int) -> list[dict[str, Any]]:
     """By layer: mutual information of token class and expert over the prompts' tokens."""
-    prompts = np.concatenate([r.prefill for r in recordings])
-    _, label = class_of_tokens(recordings, tokenizer)
-    offsets = np.cumsum([0, *(int(r.request.max()) + 1 for r in recordings)])
-    request = np.concatenate([r.request + o for r, o in zip(recordings, offsets, strict=False)])
+    prompts = recording.prefill
     found = []
-    for layer in recordings[0].topk_ids:
-        ids = np.concatenate([r.topk_ids[layer] for r in recordings])
-        test = token_types.permutation_test(
-            label[prompts],
-            ids[prompts],
-            len(specialists.CLASSES),
-            experts,
-            request=request[prompts],
-        )
+    for layer, ids in enumerate(recording.topk_ids[prompts].swapaxes(0, 1)):
+        request, classes = recording.request[prompts], len(specialists.CLASSES)
+        test = token_types.permutation_test(label[prompts], ids, classes, experts, request=request)
         found.append({"layer": layer, **asdict(test)})
     return found
 
 
-def differences(recordings: dict[str, Recording], experts: int) -> list[dict[str, Any]]:
-    """Divergence of two workloads and of the halves of one, as expert_profiler.compare has it."""
-    counts = {name: recording.counts(experts) for name, recording in recordings.items()}
+def divergence(a: Any, b: Any, paired: bool = False) -> tuple[dict[str, Any], list[float]]:
+    """As ``expert-profiler compare`` has it: the mean over layers with its test, and each layer.
+
+    a, b: [requests, layers, experts] counts. paired: each draw swaps them in some requests.
+    """
+    test = resampling.divergence_test(a, b, paired=paired)
+    names = {"bits": "mean_observed", "by_chance": "mean_null", "p_value": "mean_p_value"}
+    return {key: getattr(test, name) for key, name in names.items()}, test.observed.tolist()
+
+
+def differences(counts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Divergence of two workloads and of the halves of one, from the counts of each workload."""
     pairs = {
         "code against problems": ("code-a", "problems-a"),
         "the halves of code": ("code-a", "code-b"),
         "the halves of problems": ("problems-a", "problems-b"),
     }
     found = []
-    for name, (one, other) in pairs.items():
-        a, b = counts[one], counts[other]
-        test = resampling.divergence_test(a, b)
-        found.append(
-            {
-                "name": name,
-                "requests": [len(a), len(b)],
-                "bits": test.mean_observed,
-                "by_chance": test.mean_null,
-                "p_value": test.mean_p_value,
-                "layers": test.observed.tolist(),
-            }
-        )
+    for name, pair in pairs.items():
+        a, b = (counts[workload] for workload in pair)
+        mean, layers = divergence(a, b)
+        found.append({"name": name, "requests": [len(a), len(b)], **mean, "layers": layers})
     return found
 
 
-def phases(recording: Recording, experts: int) -> dict[str, Any]:
-    """Divergence of a workload's prefill and decode tokens; each draw swaps them in requests."""
-    prefill, decode = (
-        recording.where(recording.prefill == phase).counts(experts) for phase in (True, False)
-    )
-    test = resampling.divergence_test(prefill, decode, paired=True)
-    return {"bits": test.mean_observed, "by_chance": test.mean_null, "p_value": test.mean_p_value}
+def evidence(model: Path, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Record and judge.
 
-
-def evidence(model: Path, folder: Path) -> dict[str, Any]:
-    """Record and judge. ``folder`` takes the logs and the untrained model."""
-    facts = json.loads((model / train_demo_moe.FACTS).read_text(encoding="utf-8"))
+    Args:
+        model: the trained checkpoint.
+        facts: of its training.
+        folder: takes the logs and the untrained model.
+    """
     settings = train_demo_moe.Settings(**facts["settings"])
     tokenizer = tokens.load(model)
     text = corpus()
@@ -137,30 +124,34 @@ def evidence(model: Path, folder: Path) -> dict[str, Any]:
     train_demo_moe.write_model(train_demo_moe.new_model(settings), tokenizer, untrained)
 
     prompts = workloads(text)
-    recordings = {}
+    recordings, classes = {}, {}
     for name, path in (("trained", model), ("untrained", untrained)):
         print(f"recording {name} …", file=sys.stderr)
         recordings[name] = record(path, prompts, folder / f"routes-{name}", MAX_TOKENS)
-    trained = recordings["trained"]
-    both = list(trained.values())
-    texts, label = class_of_tokens(both, tokenizer)
-    ids = {n: np.concatenate([r.topk_ids[n] for r in both]) for n in both[0].topk_ids}
-    chosen = specialists.most_specialised(ids, label, texts, settings.experts, SPECIALISTS)
+        classes[name] = class_of_tokens(recordings[name], tokenizer)
+    trained, experts, (texts, label) = recordings["trained"], settings.experts, classes["trained"]
+    ends = np.cumsum([0, *map(len, prompts.values())])
+    of = {name: slice(*ends[i : i + 2]) for i, name in enumerate(prompts)}
+    counts, lengths = trained.counts(experts), np.bincount(trained.request)
+    prefill, decode = (
+        trained.counts(experts, trained.prefill == phase)[of["problems-a"]]
+        for phase in (True, False)
+    )
+    chosen = specialists.most_specialised(trained.topk_ids, label, texts, experts, SPECIALISTS)
     return {
         "text": text.sha256,
         "same_text_as_in_training": text.sha256 == facts["text"]["sha256"],
         "requests": {name: len(found) for name, found in prompts.items()},
-        "tokens": {name: len(r.tokens) for name, r in trained.items()},
-        "most_bits": math.log2(settings.experts),
+        "tokens": {name: int(lengths[part].sum()) for name, part in of.items()},
+        "most_bits": math.log2(experts),
         "information": {
-            name: information(list(r.values()), tokenizer, settings.experts)
-            for name, r in recordings.items()
+            name: information(each, classes[name][1], experts) for name, each in recordings.items()
         },
         "specialists": [asdict(found) for found in chosen],
-        "differences": differences(trained, settings.experts),
-        "phases": phases(trained["problems-a"], settings.experts),
+        "differences": differences({name: counts[part] for name, part in of.items()}),
+        "phases": divergence(prefill, decode, paired=True)[0],
         "samples": {
-            name: {"prompt": prompts[name][1], "text": trained[name].texts[1]}
+            name: {"prompt": prompts[name][1], "text": trained.texts[of[name]][1]}
             for name in ("code-a", "problems-a")
         },
     }
@@ -182,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.model} has no {train_demo_moe.FACTS}, so it is no model of this script's; "
             f"run: python tools/train_demo_moe.py {args.model}"
         )
+    facts = json.loads((args.model / train_demo_moe.FACTS).read_text(encoding="utf-8"))
     report = patch_state.inspect()
     if not report.ok:
         raise UserError(report.message)
@@ -190,14 +182,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     scratch = Path(tempfile.mkdtemp(prefix="demo-evidence-"))
     try:
-        found = evidence(args.model, args.keep or scratch)
+        found = evidence(args.model, facts, args.keep or scratch)
     finally:
         shutil.rmtree(scratch)
-    facts = json.loads((args.model / train_demo_moe.FACTS).read_text(encoding="utf-8"))
-    print(card.figures(facts, found))
+    if not found["same_text_as_in_training"]:
+        print(
+            "note: this Python's library is not the one of the training, so some of the text that "
+            "is held out here may have been trained on\n"
+        )
+    print("\n\n".join(card.tables(facts, found).values()))
     if args.write_card:
         train_demo_moe.write_json(args.model / EVIDENCE, found)
-        card.write(args.model, facts, found)
+        card.draw_curve(args.model / card.CURVE, facts)
+        (args.model / "README.md").write_text(card.text(facts, found), encoding="utf-8")
         print(f"wrote {args.model / 'README.md'}")
     held, *halves = (row["p_value"] for row in found["differences"])
     shown = held < SIGNIFICANT and min(halves) > SIGNIFICANT

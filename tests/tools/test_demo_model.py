@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ from expert_profiler.resources import DEMO_MODEL
 from expert_profiler.run import models, prompts
 from tools import demo_evidence
 from tools import train_demo_moe as training
-from tools.demo import card, corpus, specialists, tokens
+from tools.demo import card, corpus, problems, specialists, tokens
 
 FOLDER = DEMO_MODEL
+load = cache(tokens.load)
 FILES = {
     "README.md", "config.json", "evidence.json", "generation_config.json", "loss_curve.png",
     "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json",
@@ -36,6 +39,12 @@ def test_it_is_small_and_nothing_else_lies_beside_it() -> None:
 def test_its_card_says_what_was_measured() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert text == card.text(facts_of("training.json"), facts_of("evidence.json"))
+
+
+def test_the_word_problems_of_its_training_are_made_again() -> None:
+    made = islice(problems.problems(corpus.TRAINING_SEED), corpus.TRAINING_PROBLEMS)
+    size = sum(len(text.encode()) for text in made)
+    assert size == facts_of("training.json")["text"]["training_bytes"]["problems"]
 
 
 def test_it_beats_the_baselines_on_held_out_text() -> None:
@@ -61,12 +70,12 @@ def test_its_evidence_shows_something() -> None:
 
 @given(st.text(max_size=60))
 def test_any_text_comes_back_from_its_tokens(text: str) -> None:
-    tokenizer = tokens.load(FOLDER)
+    tokenizer = load(FOLDER)
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
 def test_its_tokens_keep_the_classes_apart() -> None:
-    tokenizer = tokens.load(FOLDER)
+    tokenizer = load(FOLDER)
     encoded = tokenizer.encode("def f(x):\n        return x + 1024\n").ids
     texts = [tokenizer.decode([token]) for token in encoded]
     label = specialists.labels(texts, np.arange(len(texts)) == 0)
@@ -79,7 +88,7 @@ def test_its_tokens_keep_the_classes_apart() -> None:
 
 
 def test_the_prompts_of_a_run_fit() -> None:
-    tokenizer = tokens.load(FOLDER)
+    tokenizer = load(FOLDER)
     longest = max(len(tokenizer.encode(p).ids) for p in prompts.read_prompts(prompts.SHIPPED))
     assert longest + 128 <= (models.PRESETS["demo"].max_model_len or 0) == 1024
 
@@ -89,7 +98,7 @@ def test_the_weights_are_those_that_were_judged() -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    tokenizer = tokens.load(FOLDER)
+    tokenizer = load(FOLDER)
     pieces = demo_evidence.workloads(corpus.corpus())["code-a"]
     nats = training.nats_of(model, training.stream(tokenizer, pieces)[: 8 * training.BLOCK + 1])
     judged = facts_of("training.json")["held_out"]["library"]

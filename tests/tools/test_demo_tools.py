@@ -197,7 +197,7 @@ def test_the_most_specialised_are_not_all_alike() -> None:
     texts = np.array(rng.choice(["1", "a", ",", "\n"], 400), dtype=object)
     label = specialists.labels(texts, np.zeros(400, bool))
     expert = {"1": 0, "a": 1, ",": 2, "\n": 3}
-    ids = {layer: np.array([[expert[t]] for t in texts]) for layer in range(4)}
+    ids = np.array([[[expert[t]]] * 4 for t in texts])
     chosen = specialists.most_specialised(ids, label, texts, 4, 6)
     assert len(chosen) == 6
     for layer in range(4):

@@ -87,15 +87,16 @@ def specialist(layer: int, expert: int, topk_ids: Ids, label: Ids, texts: Ids) -
 
 
 def most_specialised(
-    topk_ids: dict[int, Ids], label: Ids, texts: Ids, num_experts: int, count: int
+    topk_ids: Ids, label: Ids, texts: Ids, num_experts: int, count: int
 ) -> list[Specialist]:
     """The ``count`` experts with the largest share beyond the expected, and a load of 1% or more.
 
     At most two of a layer and three of a class, so that what is shown is not all the same.
+    topk_ids: [tokens, layers, top_k].
     """
     everyone = (
         specialist(layer, expert, ids, label, texts)
-        for layer, ids in topk_ids.items()
+        for layer, ids in enumerate(topk_ids.swapaxes(0, 1))
         for expert in range(num_experts)
     )
     candidates = [found for found in everyone if found is not None and found.load >= 0.01]
