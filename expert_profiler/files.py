@@ -71,23 +71,24 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        _remove(scratch)
+        remove(scratch)
         yield scratch
         if path.is_dir() or scratch.is_dir():
-            _remove(path)
+            remove(path)
         scratch.replace(path)
     except OSError as error:
         fact = error.strerror or error
         raise UserError(f"cannot write {path}: {fact}; choose another place") from None
     finally:
-        _remove(scratch)
+        remove(scratch)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expert_profiler.errors import UserError, run
+from expert_profiler.run.tiny_model import tokenizer_config
 from tools.demo import ngrams, tokens
 from tools.demo.corpus import Corpus, corpus
 
@@ -145,8 +146,8 @@ def write_model(model: Any, tokenizer: Any, out: Path) -> None:
 
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))
-    longest = model.config.max_position_embeddings
-    write_json(out / "tokenizer_config.json", tokens.tokenizer_config(longest))
+    config = tokenizer_config(tokens.END, tokens.END, model.config.max_position_embeddings)
+    write_json(out / "tokenizer_config.json", config)
     (out / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
 
 

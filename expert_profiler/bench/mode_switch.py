@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expert_profiler.bench.cases import YARDSTICK, Mode
-from expert_profiler.bench.writer_alone import remove, size_of
+from expert_profiler.bench.writer_alone import size_of
 from expert_profiler.bench.yardstick import Yardstick
+from expert_profiler.files import remove
 from expert_profiler.run import engine
 
 #: Where vLLM's patched modules hold the hook.

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from expert_profiler import files
 from expert_profiler.errors import UserError
 
 if TYPE_CHECKING:
@@ -200,21 +199,26 @@ def write_tokenizer(folder: Path) -> None:
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     eos, pad, *_ = SPECIAL_TOKENS
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": None,
-            "eos_token": eos,
-            "pad_token": pad,
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": 1_000_000,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    config = tokenizer_config(eos, pad, longest=1_000_000)
+    write_json(folder / "tokenizer_config.json", {**config, "chat_template": CHAT_TEMPLATE})
+
+
+def tokenizer_config(end: str, pad: str, longest: int) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer.json, for transformers and vLLM.
+
+    end and pad are special tokens; longest is in tokens.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": end,
+        "pad_token": pad,
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": longest,
+    }
 
 
 def model_card(spec: TinyMoeSpec) -> str:
@@ -248,16 +252,8 @@ def build(out: Path, spec: TinyMoeSpec) -> None:
     check_replaceable(out)
     from safetensors.numpy import save_file
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror} ({error.filename}); name another folder"
-        ) from error
-    try:
-        fresh = work / "fresh"
-        fresh.mkdir()  # not mkdtemp itself: that one is readable by its owner only
+    with files.replacing(out) as fresh:
+        fresh.mkdir(parents=True)
         save_file(dict(weights(spec)), fresh / "model.safetensors", metadata={"format": "pt"})
         write_json(fresh / "config.json", model_config(spec))
         write_json(
@@ -267,11 +263,6 @@ def build(out: Path, spec: TinyMoeSpec) -> None:
         write_tokenizer(fresh)
         (fresh / "README.md").write_text(model_card(spec), encoding="utf-8")
         write_json(fresh / SPEC_FILE, identity(spec))
-        if out.exists():
-            out.rename(work / "replaced")
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_replaceable(out: Path) -> None:

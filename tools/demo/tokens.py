@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,21 +40,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Token
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def tokenizer_config(longest: int) -> dict[str, Any]:
-    """tokenizer_config.json, for transformers and vLLM; ``longest`` in tokens."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": None,
-        "eos_token": END,
-        "pad_token": END,
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": longest,
-    }
 
 
 def load(folder: Path) -> Tokenizer:

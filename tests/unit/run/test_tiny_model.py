@@ -180,7 +180,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tiny_model, "write_tokenizer", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         build(out, TinyMoeSpec(2, 6, 2, 64, 2, seed=1))
     assert hashes(out) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["moe"]
