@@ -37,6 +37,14 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     return args
 
 
+def positive(text: str) -> int:
+    """The ``type`` of an option that counts something: 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def run(main: Callable[[], int]) -> int:
     """Call ``main`` and turn a :class:`UserError` or Ctrl-C into one line and an exit code."""
     try:

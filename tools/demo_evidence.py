@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Show that the demo model's routing is worth looking at, and write its model card.
 
 Records held-out code and word problems on vLLM, on the trained model and on the same model before

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Write the vLLM patch: hooks as they stand in it, new files from overlay/, byte for byte stable.
 
     tools/export_patch.py            regenerate the patch after an edit in overlay/

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Train the small Qwen2-MoE language model that ./test.sh shows where there is no GPU.
 
 It reads Python's standard library and generated word problems, and writes a checkpoint that vLLM
@@ -160,13 +161,6 @@ def stream(tokenizer: Any, texts: Sequence[str]) -> Tokens:
     return np.array([token for text in encoded for token in (*text.ids, 0)], np.int64)
 
 
-def training_tokens(tokenizer: Any, text: Corpus, seed: int) -> Tokens:
-    """The training documents of both kinds, shuffled, as one run of tokens."""
-    documents = text.training_documents()
-    np.random.default_rng(seed).shuffle(documents)
-    return stream(tokenizer, documents)
-
-
 def batch(data: Tokens, step: int, settings: Settings) -> Tokens:
     """The blocks of a step, [rows, length + 1]; a function of the step, so that training resumes.
 
@@ -184,11 +178,6 @@ def batch(data: Tokens, step: int, settings: Settings) -> Tokens:
     if halved:
         starts = np.concatenate([starts, starts + length])
     return data[starts[:, None] + np.arange(length + 1)]
-
-
-def curve_tokens(tokenizer: Any, text: Corpus) -> Tokens:
-    """The held-out tokens that the curve is made with: the first blocks of the library's."""
-    return stream(tokenizer, text.held_out["library"])[: CURVE_BLOCKS * BLOCK + 1]
 
 
 # ---- judging --------------------------------------------------------------------------------
@@ -212,12 +201,6 @@ def baseline_bits(data: Tokens, judged: Tokens, vocabulary: int) -> dict[str, Fl
         "trigram": -np.log2(ngrams.trigram(data, judged, vocabulary)),
         "unigram": -np.log2(ngrams.unigram(data, vocabulary)[judged[2:]]),
     }
-
-
-def curve_baselines(data: Tokens, held: Tokens, vocabulary: int) -> dict[str, float]:
-    """The baselines' mean bits a token on the very tokens of the curve."""
-    bits = baseline_bits(data, held, vocabulary)
-    return {name: float(values.mean()) for name, values in bits.items()}
 
 
 def judge(model: Any, tokenizer: Any, data: Tokens, text: Corpus) -> dict[str, Any]:
@@ -342,13 +325,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=default.steps, help=f"[{default.steps}]")
     parser.add_argument("--seed", type=int, default=default.seed, help=f"[{default.seed}]")
-    parser.add_argument("--balance", type=float, default=default.balance, help="coefficient of "
-        f"the load-balancing loss [{default.balance}]")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of the processor [1]")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the saves to go on from")
     parser.add_argument("--force", action="store_true", help="write over a checkpoint in OUT_DIR")
     args = parser.parse_args(argv)
-    settings = Settings(steps=args.steps, seed=args.seed, balance=args.balance)
+    settings = Settings(steps=args.steps, seed=args.seed)
     if (args.out / "config.json").exists() and not args.force:
         raise UserError(f"{args.out} holds a checkpoint; add --force to write over it")
 
@@ -358,8 +339,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = corpus()
     documents = text.training_documents()
     tokenizer = tokens.train_tokenizer(documents, settings.vocabulary)
-    data = training_tokens(tokenizer, text, settings.seed)
-    held = curve_tokens(tokenizer, text)
+    np.random.default_rng(settings.seed).shuffle(documents)
+    data = stream(tokenizer, documents)
+    # The curve is of the first blocks of the held-out library.
+    held = stream(tokenizer, text.held_out["library"])[: CURVE_BLOCKS * BLOCK + 1]
     print(f"{len(documents)} documents, {len(data):,} tokens, text {text.sha256[:12]}")
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -382,7 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": args.threads,
         # Judged in float32 on the weights as they were written, in bfloat16.
         "held_out": judge(model.float(), tokenizer, data, text),
-        "curve_baselines": curve_baselines(data, held, settings.vocabulary),
+        "curve_baselines": {
+            name: float(bits.mean())
+            for name, bits in baseline_bits(data, held, settings.vocabulary).items()
+        },
         **curve,
     }
     write_json(args.out / FACTS, facts)

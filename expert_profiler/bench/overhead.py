@@ -64,8 +64,6 @@ def bench(args: argparse.Namespace) -> int:
     Raises:
         UserError: something is wrong with the options, the machine or the checkpoint.
     """
-    if args.pairs is not None and args.pairs < 1:
-        raise UserError(f"--pairs {args.pairs} is not positive; give at least 1")
     files.prepare(args.out, (RECORD, CHART), args.force, "--out")
     report = patch_state.inspect()
     if not report.ok:

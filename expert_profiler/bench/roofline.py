@@ -6,7 +6,6 @@ python -m expert_profiler.bench.roofline        prints the table of docs/overhea
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 #: Bytes that a choice moves in device memory besides those of its id: the hook reads an int32 id
@@ -21,20 +20,13 @@ KERNELS = 2
 KERNEL_SECONDS = 1.5e-6
 
 
-class Machine(NamedTuple):
-    """The memory that a step's weights are read from."""
-
-    name: str
-    bytes_per_second: float
-    devices: int
-
-
 class Model(NamedTuple):
-    """A model's routing and its weights.
+    """A model's routing, its weights and the memory that a step reads them from.
 
     Attributes:
         layers: MoE layers.
         weight_bytes: of all its weights, as served; a large batch reads all of them every step.
+        bytes_per_second: of one device.
     """
 
     name: str
@@ -42,15 +34,14 @@ class Model(NamedTuple):
     experts: int
     top_k: int
     weight_bytes: float
-    machine: Machine
+    bytes_per_second: float
+    devices: int
 
 
-H100 = Machine("1 x H100 SXM", 3.35e12, 1)
-H200 = Machine("8 x H200", 4.8e12, 8)
 MODELS = (
-    Model("Qwen1.5-MoE-A2.7B", 24, 60, 4, 14.3e9 * 2, H100),
-    Model("Qwen3-30B-A3B", 48, 128, 8, 30.5e9 * 2, H100),
-    Model("DeepSeek-V3", 58, 256, 8, 671e9 * 1, H200),
+    Model("Qwen1.5-MoE-A2.7B, 1 x H100 SXM", 24, 60, 4, 14.3e9 * 2, 3.35e12, 1),
+    Model("Qwen3-30B-A3B, 1 x H100 SXM", 48, 128, 8, 30.5e9 * 2, 3.35e12, 1),
+    Model("DeepSeek-V3, 8 x H200", 58, 256, 8, 671e9 * 1, 4.8e12, 8),
 )
 
 
@@ -80,9 +71,9 @@ def project(model: Model, batch: int) -> Projection:
     choices = batch * model.layers * model.top_k
     id_bytes = 1 if model.experts <= 255 else 2  # as ``capture.ids_dtype``
     moved = choices * (FIXED_BYTES + ID_MOVES * id_bytes)
-    traffic = moved / model.machine.bytes_per_second
+    traffic = moved / model.bytes_per_second
     launches = model.layers * KERNELS * KERNEL_SECONDS
-    step = model.weight_bytes / (model.machine.bytes_per_second * model.machine.devices)
+    step = model.weight_bytes / (model.bytes_per_second * model.devices)
     return Projection(
         choices * (4 + id_bytes), moved, traffic, launches, step, (traffic + launches) / step
     )
@@ -98,17 +89,12 @@ def table(batch: int = 256) -> str:
     for model in MODELS:
         p = project(model, batch)
         lines.append(
-            f"| {model.name}, {model.machine.name} | {p.captured_bytes / 1e3:.0f} kB "
+            f"| {model.name} | {p.captured_bytes / 1e3:.0f} kB "
             f"| {p.moved_bytes / 1e6:.2f} MB | {p.traffic_seconds * 1e6:.2f} us "
             f"| {p.launch_seconds * 1e6:.0f} us | {p.step_seconds * 1e3:.1f} ms | {p.share:.2%} |"
         )
     return "\n".join(lines)
 
 
-def main() -> int:
-    print(table())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(table())

@@ -15,7 +15,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,13 +85,8 @@ class Load:
         self._started = shape.batch
         self._id = 0
 
-    def steps(self) -> Iterator[Any]:
-        """The passes, as ``TokenRecording`` hands them over."""
-        while True:
-            yield self.step()
-
     def step(self) -> Any:
-        """The next pass; takes its snapshot."""
+        """The next pass, as ``TokenRecording`` hands it over; takes its snapshot."""
         from vllm.moe_routes.writing.rows import Step
 
         size = self.shape.batch

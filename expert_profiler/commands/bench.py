@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from expert_profiler.errors import parsed
+from expert_profiler.errors import parsed, positive
 
 
 def parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -24,7 +24,7 @@ def parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     add("--quick", action="store_true", help="every part once and small; its metrics mean nothing")
     add("--model", metavar="PATH", help="checkpoint folder [the tiny one, built where missing]")
     add("--out", type=Path, default=Path(), metavar="DIR", help="folder for the results [.]")
-    add("--pairs", type=int, metavar="N", help="pairs a mode of the headline case [20]")
+    add("--pairs", type=positive, metavar="N", help="pairs a mode of the headline case [20]")
     add("--force", action="store_true", help="overwrite results in --out")
     add("--keep", action="store_true", help="keep the engines' logs, and say where")
     return parsed(parser, argv)

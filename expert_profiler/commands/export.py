@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expert_profiler import errors, files, resources
-from expert_profiler.errors import UserError
+from expert_profiler.errors import UserError, positive
 
 SUFFIXES = {
     "sglang": (".pt",),
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("log", type=Path, metavar="LOG", help="a route log")
     add("--format", choices=tuple(SUFFIXES), required=True)
     add("--out", type=Path, required=True, metavar="FILE", help="file to write")
-    add("--steps", type=_positive, default=1000, help="sglang: most steps [1000]")
-    add("--num-layers", type=_positive, help="sglang: layers of the model [the last logged + 1]")
-    add("--top", type=_positive, help="hot: this many experts of each layer [all]")
+    add("--steps", type=positive, default=1000, help="sglang: most steps [1000]")
+    add("--num-layers", type=positive, help="sglang: layers of the model [the last logged + 1]")
+    add("--top", type=positive, help="hot: this many experts of each layer [all]")
     add("--force", action="store_true", help="replace an existing file")
     args = errors.parsed(parser, argv)
     suffixes = SUFFIXES[args.format]
@@ -71,10 +71,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'written':<8}{args.out}: {summary}")
     print(f"next: {resources.program()} report {shlex.quote(str(args.log))} --out DIR")
     return 1 if lost else 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo model reads: Python's standard library and word problems, split by document.
 
 The text of the standard library depends on the Python that runs this; ``Corpus.sha256`` says which

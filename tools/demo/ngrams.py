@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model must beat to have learned anything: a unigram and an interpolated 3-gram model.
 
 Both are counted on the training tokens and judged on the very tokens that the model is judged on.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Word problems with worked answers, made from templates: as many as wanted, from a seed.
 
 Written for this project and free to use like the rest of it. The 25 problems that ./test.sh falls

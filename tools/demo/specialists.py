@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the experts of a recorded run have specialised in: pure functions of routes and tokens."""
 
 from __future__ import annotations

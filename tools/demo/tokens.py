@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo model's tokenizer: byte-level BPE, trained on the corpus's training part.
 
 Its cuts keep apart what the token classes tell apart: an indentation is one token, a digit is one
