@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from expert_profiler.errors import UserError
+from tools import make_synthetic_log
 from tools import train_demo_moe as training
-from tools.demo import card, corpus, ngrams, problems, specialists
+from tools.demo import card, corpus, ngrams, problems, recording, specialists
 
 SMALL = training.Settings(
     layers=2, hidden=32, heads=1, experts=4, top_k=2, moe_intermediate=16, shared_intermediate=16,
@@ -166,6 +169,67 @@ def test_a_checkpoint_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="--force"):
         training.main([str(tmp_path)])
+
+
+# ---- its recordings -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> tuple[list[Path], list[Any]]:
+    """Two logs of made-up passes, the second's requests named on, and what the engine gave back."""
+    paths = [tmp_path / f"{name}.jsonl" for name in ("a", "b")]
+    spec = make_synthetic_log.Spec(rows=15_000, layers=3, experts=8, top_k=2)
+    for path, seed in zip(paths, (1, 2), strict=True):
+        make_synthetic_log.make(path, replace(spec, seed=seed), lambda _: None)
+    renamed = re.sub(r'"req_id":\s*"', r"\g<0>b", paths[1].read_text())
+    paths[1].write_text(renamed)
+    outputs = [
+        SimpleNamespace(
+            request_id=name,
+            prompt_token_ids=[number] * 20,
+            outputs=[SimpleNamespace(token_ids=range(500), text=f"text of {name}")],
+        )
+        # Not in the order of the log.
+        for number, name in enumerate(
+            [*map(str, reversed(range(25))), *(f"b{i}" for i in range(25))]
+        )
+    ]
+    return paths, outputs
+
+
+def test_a_recording_is_what_stands_in_the_logs(logs: tuple[list[Path], list[Any]]) -> None:
+    paths, outputs = logs
+    found = recording.read(paths, outputs)
+    number = {output.request_id: i for i, output in enumerate(outputs)}
+    want: dict[tuple[int, int], dict[int, list[int]]] = {}
+    prefill = 0
+    counts = np.zeros((50, 3, 8), int)
+    for line in (line for path in paths for line in path.read_text().splitlines()):
+        row = json.loads(line)
+        if row["type"] == "route":
+            request = number[row["req_id"]]
+            want.setdefault((request, row["token_idx"]), {})[row["layer"]] = row["topk_ids"]
+            prefill += row["phase"] == "prefill" and row["layer"] == 0
+            counts[request, row["layer"], row["topk_ids"]] += 1
+    assert found.request.tolist() == [request for request, _ in sorted(want)]
+    assert found.topk_ids.tolist() == [[want[at][i] for i in range(3)] for at in sorted(want)]
+    ids = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+    assert found.tokens.tolist() == [ids[request][position] for request, position in sorted(want)]
+    assert 0 < found.prefill.sum() == prefill < len(want)
+    assert (found.counts(8) == counts).all()
+    assert found.counts(8, found.prefill).sum() == prefill * 3 * 2
+    assert found.texts[0] == "text of 24"
+
+
+def test_a_token_without_a_row_in_some_layer_is_refused(
+    logs: tuple[list[Path], list[Any]],
+) -> None:
+    paths, outputs = logs
+    lines = paths[0].read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if json.loads(line)["type"] == "route")
+    paths[0].write_text("".join(lines[:at] + lines[at + 1 :]))
+    with pytest.raises(UserError, match="without a row in some layer"):
+        recording.read(paths, outputs)
 
 
 # ---- what is said of it --------------------------------------------------------------------------

@@ -48,6 +48,13 @@ def test_an_error_leaves_what_was_there_and_no_scraps(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_is_not_there_is_removed_already(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    files.remove(tmp_path / "none")
+    files.remove(tmp_path / "file" / "below")
+    assert (tmp_path / "file").is_file()
+
+
 def test_a_place_without_its_folder_is_told_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*No such file"):
         files.write(tmp_path / "no" / "x", "text")

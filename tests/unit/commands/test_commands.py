@@ -44,6 +44,23 @@ def test_the_help_of_a_command_ends_with_the_next_step(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["profile", "--model", "./none", "--max-tokens", "0"],
+        ["export", "x.jsonl", "--format", "hot", "--out", "x.csv", "--top", "-1"],
+        ["bench", "--model", "./none", "--pairs", "0"],
+    ],
+)
+def test_a_number_of_things_is_positive(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        commands.main(words)
+    assert ended.value.code == errors.EXIT_CODE
+    assert f"{words[-1]} is not positive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("word", "meant"),
     [("profil", "did you mean profile? "), ("histogram", "did you mean hist? "), ("x", "")],
 )
